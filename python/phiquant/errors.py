@@ -1,0 +1,11 @@
+"""The errors of phiquant. Each message says what was wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class PhiquantError(ValueError):
+    """Input, model or file that phiquant cannot work with. A ValueError, so callers may catch either."""
+
+
+class UnsupportedModelError(PhiquantError):
+    """A model of another architecture than the supported one; the message names it."""

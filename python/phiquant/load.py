@@ -1,0 +1,128 @@
+"""Load a float Phi-3 model and its tokenizer: the embedded one, a local folder, or a hub name."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import PhiquantError
+from .extras import need
+from .models import phi
+
+EMBEDDED = "phi3-tiny"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def load(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A Phi3ForCausalLM in `dtype`, in eval mode, and its tokenizer.
+
+    source: "phi3-tiny", a folder with config.json and safetensors, or a hub name such as
+        "microsoft/Phi-4-mini-instruct" (downloaded by transformers, or taken from its cache).
+    Pickled checkpoints are never opened. PhiquantError says what is missing or not supported.
+    """
+    if str(source) == EMBEDDED:
+        with as_file(files("phiquant") / "data" / EMBEDDED) as folder:
+            return _load_folder(folder, dtype)
+    folder = Path(source)
+    if folder.is_dir():
+        return _load_folder(folder, dtype)
+    if folder.exists():
+        raise PhiquantError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise PhiquantError(
+            f"no folder {str(source)!r}; give {EMBEDDED!r}, an existing folder, or a hub name 'owner/model'"
+        )
+    return _load_hub(str(source), dtype)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder, checked to be a float Phi-3. PhiquantError otherwise."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise PhiquantError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PhiquantError(f"{path} is not valid JSON ({error}); download the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise PhiquantError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    phi.check_architecture(config)
+    return config
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    config = read_config(folder)
+    phi.sizes(config)
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        advice = "save the model again with save_pretrained, which writes safetensors"
+        if pickled:
+            raise PhiquantError(
+                f"{folder} holds only pickled weights ({', '.join(pickled[:3])}); pickle can run any code, so "
+                f"phiquant does not open it: {advice}"
+            )
+        raise PhiquantError(f"{folder} has no *.safetensors file; {advice}")
+    _check_shards(folder)
+    return _from_pretrained(str(folder), dtype, local=True)
+
+
+def _check_shards(folder: Path) -> None:
+    """Every shard that the index names must be there and be a whole safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors")}
+    if index.is_file():
+        try:
+            listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PhiquantError(f"{index} is not a safetensors index ({error}); download it again") from error
+        if missing := sorted(listed - names):
+            raise PhiquantError(f"{folder} lacks the shard(s) {', '.join(missing)} named by its index; download them")
+        names = listed
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise PhiquantError(f"{folder / name} is damaged or incomplete ({error}); download it again") from error
+
+
+def _load_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    transformers = need("transformers", extra="hf")
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(name)
+        phi.check_architecture(config)
+        return _from_pretrained(name, dtype, local=False)
+    except OSError as error:
+        raise PhiquantError(
+            f"cannot get {name!r} from the hub ({str(error).splitlines()[0]}). Offline: copy the model's folder "
+            f"(config.json, *.safetensors, tokenizer files) here and give its path, or use {EMBEDDED!r}"
+        ) from error
+
+
+def _from_pretrained(name: str, dtype: torch.dtype, *, local: bool) -> tuple[Any, Any]:
+    transformers = need("transformers", extra="hf")
+    options = {"local_files_only": local, "trust_remote_code": False}
+    model, info = transformers.Phi3ForCausalLM.from_pretrained(
+        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(kind):
+            keys = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise PhiquantError(
+                f"the weights in {name} do not fit its config.json: {kind.replace('_', ' ')} {keys}; "
+                "the checkpoint is incomplete or of another model"
+            )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise PhiquantError(
+            f"{name} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json and "
+            "tokenizer_config.json beside config.json"
+        ) from error
+    return model.eval(), tokenizer

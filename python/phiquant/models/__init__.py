@@ -1,0 +1,1 @@
+"""What is true of the supported model families, as data."""

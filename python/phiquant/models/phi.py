@@ -1,0 +1,148 @@
+"""What is true of Phi-3 models, as data: names, fused rows, tied embeddings, what stays in float.
+
+Covers `Phi3ForCausalLM`: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini, Phi-4. Names are those
+of the Hugging Face checkpoints. H = hidden, I = intermediate, L = layers, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PhiquantError, UnsupportedModelError
+
+ARCHITECTURE = "Phi3ForCausalLM"
+MODEL_TYPE = "phi3"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+FINAL_NORM = "model.norm"
+LAYER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+# Each norm feeds one linear: (norm, its consumer), both inside model.layers.<i>.
+NORM_CONSUMERS = (("input_layernorm", "self_attn.qkv_proj"), ("post_attention_layernorm", "mlp.gate_up_proj"))
+
+# Module name patterns that a recipe leaves in float unless it names them, and why.
+FLOAT_BY_DEFAULT = {
+    "*lm_head": "its error goes straight into the logits; quantize it by naming it in the recipe",
+    "*embed_tokens": "a table look-up gains no speed from few bits, and may share its values with lm_head",
+}
+
+# model_type (and architecture) names of relatives: what they are and why they are refused.
+_RELATIVES = {
+    "phi": "Phi-1, Phi-1.5 and Phi-2 use LayerNorm, parallel blocks, biases and separate q, k, v",
+    "mixformer-sequential": "the first Phi-1.5 checkpoints use LayerNorm, parallel blocks and biases",
+    "phi-msft": "early Phi-2 checkpoints use LayerNorm, parallel blocks and biases",
+    "phi3small": "Phi-3-small uses block-sparse attention and a gated GELU of its own",
+    "phimoe": "Phi-3.5-MoE has 16 experts per layer",
+    "phi3_v": "Phi-3-vision has an image tower beside a Phi-3 decoder",
+    "phi4mm": "Phi-4-multimodal has image and speech towers and LoRA adapters beside a Phi-3 decoder",
+    "phi4_multimodal": "Phi-4-multimodal has image and speech towers and LoRA adapters beside a Phi-3 decoder",
+    "phi4flash": "Phi-4-mini-flash is a SambaY hybrid with state-space layers",
+}
+_RELATIVE_ARCHITECTURES = {
+    "PhiForCausalLM": "phi",
+    "MixFormerSequentialForCausalLM": "mixformer-sequential",
+    "Phi3SmallForCausalLM": "phi3small",
+    "PhimoeForCausalLM": "phimoe",
+    "PhiMoEForCausalLM": "phimoe",
+    "Phi3VForCausalLM": "phi3_v",
+    "Phi4MMForCausalLM": "phi4mm",
+    "Phi4MultimodalForCausalLM": "phi4_multimodal",
+    "Phi4FlashForCausalLM": "phi4flash",
+}
+_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<part>.+)")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a config that shapes follow from."""
+
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError unless `config` (a config.json) is a float Phi3ForCausalLM."""
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    relative = next((_RELATIVE_ARCHITECTURES[a] for a in architectures if a in _RELATIVE_ARCHITECTURES), model_type)
+    name = ", ".join(architectures) or model_type or "a model without a name"
+    supported = f"phiquant supports {ARCHITECTURE} (Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini, Phi-4)"
+    if relative in _RELATIVES:
+        raise UnsupportedModelError(f"{name} is not supported: {_RELATIVES[relative]}. {supported}")
+    if model_type != MODEL_TYPE or (architectures and ARCHITECTURE not in architectures):
+        raise UnsupportedModelError(f"{name} (model_type {model_type!r}) is not supported. {supported}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UnsupportedModelError(
+            f"this {name} checkpoint is already quantized ({method}); start from the float checkpoint it was made of"
+        )
+
+
+def sizes(config: Mapping[str, Any]) -> Sizes:
+    """Read the sizes of a config.json. PhiquantError if one is missing or they do not fit together."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for key in keys:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise PhiquantError(f"config.json: {key} must be a positive integer, not {config.get(key)!r}")
+    vocab, hidden, intermediate, layers, heads = (config[key] for key in keys)
+    kv_heads = config.get("num_key_value_heads") or heads
+    if hidden % heads or heads % kv_heads:
+        raise PhiquantError(
+            f"config.json: hidden_size {hidden} must be a multiple of num_attention_heads {heads}, "
+            f"and that of num_key_value_heads {kv_heads}"
+        )
+    return Sizes(vocab, hidden, intermediate, layers, heads, kv_heads, bool(config.get("tie_word_embeddings", False)))
+
+
+def tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every parameter's name and shape, in the order of the model. Tied models have no lm_head.weight."""
+    n = sizes(config)
+    yield f"{EMBEDDING}.weight", (n.vocab, n.hidden)
+    shapes = {
+        "self_attn.o_proj": (n.hidden, n.hidden),
+        "self_attn.qkv_proj": (n.hidden + 2 * n.kv_dim, n.hidden),
+        "mlp.gate_up_proj": (2 * n.intermediate, n.hidden),
+        "mlp.down_proj": (n.hidden, n.intermediate),
+        "input_layernorm": (n.hidden,),
+        "post_attention_layernorm": (n.hidden,),
+    }
+    for index in range(n.layers):
+        for part, shape in shapes.items():
+            yield f"model.layers.{index}.{part}.weight", shape
+    yield f"{FINAL_NORM}.weight", (n.hidden,)
+    if not n.tied:
+        yield f"{HEAD}.weight", (n.vocab, n.hidden)
+
+
+def fused_rows(config: Mapping[str, Any], module: str) -> dict[str, slice]:
+    """The row slices of a fused linear: q, k, v of qkv_proj; gate, up of gate_up_proj; {} for others."""
+    n = sizes(config)
+    if module.endswith("qkv_proj"):
+        q, k = n.hidden, n.kv_dim
+        return {"q": slice(0, q), "k": slice(q, q + k), "v": slice(q + k, q + 2 * k)}
+    if module.endswith("gate_up_proj"):
+        return {"gate": slice(0, n.intermediate), "up": slice(n.intermediate, 2 * n.intermediate)}
+    return {}
+
+
+def is_matrix(module: str) -> bool:
+    """Whether the weight of that module may be quantized: the linears of the layers, the head, the embedding."""
+    found = _LAYER.fullmatch(module)
+    return module in (EMBEDDING, HEAD) or bool(found and found["part"] in LAYER_LINEARS)
