@@ -1,0 +1,81 @@
+# Needs python3 >= 3.10 with venv, a C++20 compiler and make. Everything else goes into .venv.
+#
+#   make demo    the whole job on the embedded model      make lint    what CI checks besides tests
+#   make test    ctest and pytest                         make bench   the benchmarks, with their peers
+#   make clean   remove .venv and all build output
+PYTHON ?= python3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The torch that constraints.txt pins, as a CPU build: from the configured index, else from PyTorch's own.
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+BUILD_INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/*/*)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+
+.PHONY: demo test ctest pytest test-slow sanitize lint format bench clean
+
+demo: $(VENV)/.package
+	$(BIN)/phiquant demo --out build/demo
+
+test: ctest pytest
+
+ctest: $(VENV)/.tools
+	@./.ci/need-gtest
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DPHIQUANT_BUILD_EXTENSION=OFF -DPHIQUANT_BUILD_TESTS=ON -DPHIQUANT_WERROR=ON
+	$(BIN)/cmake --build build/cpp -j $(JOBS)
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
+
+pytest: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# Marked slow: the notebook, a kill in the middle of an export, the acceptance run of QAT.
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+# The C++ tests again, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.tools
+	@./.ci/need-gtest
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPHIQUANT_BUILD_EXTENSION=OFF -DPHIQUANT_BUILD_TESTS=ON -DPHIQUANT_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize -j $(JOBS)
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.dev
+	$(PIP) --editable '.[bench]' --no-build-isolation
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# cmake, ninja and what the build of the extension needs, torch last: it is the large one.
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.tools
+	$(PIP) '$(TORCH)+cpu' 2>/dev/null || $(PIP) --index-url $(TORCH_INDEX) '$(TORCH)'
+	touch $@
+
+# Not isolated: an isolated build would fetch the CUDA build of torch to compile against.
+$(VENV)/.package: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation --editable '.[all]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	touch $@
