@@ -1,0 +1,286 @@
+// The kernels of affine_ref.cpp over vectors of V::width floats; included once by each vector level.
+//
+// V gives: F (a vector), width, set1, add, sub, mul, max, min (second operand where NaN), round,
+// loads and stores of float, bf16, f16 and of codes, in_range selection, horizontal min and max,
+// and Store (rounding of one float to 16 bits). Everything sits in an anonymous namespace, so that
+// no function compiled here can stand in for another level's.
+
+#include <cstring>
+#include <limits>
+
+#include "core/affine.h"
+#include "core/range.inl"
+
+namespace phiquant {
+namespace {
+
+template <class V>
+struct Affine {
+  using F = typename V::F;
+  static constexpr int64_t W = V::width;
+
+  // One block's parameters, spread over a vector.
+  struct Spread {
+    F scale, inv, offset, qmin, qmax;
+    Spread(Params p, Grid g)
+        : scale(V::set1(p.scale)),
+          inv(V::set1(inverse(p.scale))),
+          offset(V::set1(p.offset)),
+          qmin(V::set1(g.qmin)),
+          qmax(V::set1(g.qmax)) {}
+  };
+
+  template <Offset kOffset>
+  static F unclamped(F x, const Spread& s) {
+    if constexpr (kOffset == Offset::minimum) return V::round(V::mul(V::sub(x, s.offset), s.inv));
+    return V::add(V::round(V::mul(x, s.inv)), s.offset);
+  }
+  template <Offset kOffset>
+  static F code(F x, const Spread& s) {
+    return V::min(V::max(unclamped<kOffset>(x, s), s.qmin), s.qmax);
+  }
+  template <Offset kOffset>
+  static F decode(F q, const Spread& s) {
+    if constexpr (kOffset == Offset::minimum) return V::add(V::mul(s.scale, q), s.offset);
+    return V::mul(s.scale, V::sub(q, s.offset));
+  }
+
+  // The last, short vector of a block goes through a buffer; missing lanes repeat the first value.
+  template <class T>
+  static F load_part(const T* p, int64_t n) {
+    T buffer[W];
+    for (int64_t i = 0; i < W; ++i) buffer[i] = p[i < n ? i : 0];
+    return V::load(buffer);
+  }
+  template <class T>
+  static void store_part(T* p, F v, int64_t n) {
+    T buffer[W];
+    V::store(buffer, v);
+    std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
+  }
+
+  template <Offset kOffset, class T>
+  static void quantize_block(const T* x, int64_t n, Params p, Grid grid, int8_t* codes) {
+    const Spread s(p, grid);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) V::store_codes(codes + i, code<kOffset>(V::load(x + i), s));
+    if (i < n) {
+      int8_t buffer[W];
+      V::store_codes(buffer, code<kOffset>(load_part(x + i, n - i), s));
+      std::memcpy(codes + i, buffer, static_cast<size_t>(n - i));
+    }
+  }
+
+  template <Offset kOffset, class T>
+  static void dequantize_block(const int8_t* codes, bool code_signed, int64_t n, Params p, T* y) {
+    const Spread s(p, {0.0f, 0.0f, kOffset});
+    int64_t i = 0;
+    for (; i + W <= n; i += W) V::store(y + i, decode<kOffset>(V::load_codes(codes + i, code_signed), s));
+    if (i < n) {
+      int8_t buffer[W] = {};
+      std::memcpy(buffer, codes + i, static_cast<size_t>(n - i));
+      store_part(y + i, decode<kOffset>(V::load_codes(buffer, code_signed), s), n - i);
+    }
+  }
+
+  template <Offset kOffset, class T>
+  static void fake_quantize_block(const T* x, int64_t n, Params p, Grid grid, T* y) {
+    const Spread s(p, grid);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) V::store(y + i, decode<kOffset>(code<kOffset>(V::load(x + i), s), s));
+    if (i < n) store_part(y + i, decode<kOffset>(code<kOffset>(load_part(x + i, n - i), s), s), n - i);
+  }
+
+  template <Offset kOffset, class T>
+  static void backward_block(const T* grad, const T* x, int64_t n, Params p, Grid grid, T* dx) {
+    const Spread s(p, grid);
+    auto masked = [&](F xv, F g) { return V::select_in_range(unclamped<kOffset>(xv, s), s.qmin, s.qmax, g); };
+    int64_t i = 0;
+    for (; i + W <= n; i += W) V::store(dx + i, masked(V::load(x + i), V::load(grad + i)));
+    if (i < n) store_part(dx + i, masked(load_part(x + i, n - i), load_part(grad + i, n - i)), n - i);
+  }
+
+  template <class T>
+  static void min_max_block(const T* x, int64_t n, float& lo, float& hi) {
+    // Four accumulators hide the latency of min and max on long blocks.
+    const F top = V::set1(std::numeric_limits<float>::infinity());
+    const F bottom = V::set1(-std::numeric_limits<float>::infinity());
+    F lows[4] = {top, top, top, top};
+    F highs[4] = {bottom, bottom, bottom, bottom};
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+      for (int64_t k = 0; k < 4; ++k) {
+        const F v = V::load(x + i + k * W);
+        lows[k] = V::min(v, lows[k]);
+        highs[k] = V::max(v, highs[k]);
+      }
+    }
+    for (; i < n; i += W) {
+      const F v = i + W <= n ? V::load(x + i) : load_part(x + i, n - i);
+      lows[0] = V::min(v, lows[0]);
+      highs[0] = V::max(v, highs[0]);
+    }
+    V::horizontal(V::min(V::min(lows[0], lows[1]), V::min(lows[2], lows[3])),
+                  V::max(V::max(highs[0], highs[1]), V::max(highs[2], highs[3])), lo, hi);
+  }
+
+  // Lanes and order of affine_ref.cpp's squared_error.
+  template <Offset kOffset, class T>
+  static double squared_error(const T* x, int64_t n, Params p, Grid grid) {
+    constexpr int64_t kVectors = 16 / W;
+    const Spread s(p, grid);
+    double total = 0.0;
+    for (int64_t start = 0; start < n; start += 4096) {
+      const int64_t end = start + 4096 < n ? start + 4096 : n;
+      F sums[kVectors];
+      for (F& sum : sums) sum = V::set1(0.0f);
+      auto add_error = [&](F v, int64_t vector, int64_t valid) {
+        const F e = V::sub(decode<kOffset>(code<kOffset>(v, s), s), v);
+        const F squared = V::mul(e, e);
+        sums[vector] = V::add(sums[vector], valid == W ? squared : V::first_lanes(squared, valid));
+      };
+      int64_t i = start;
+      for (; i + 16 <= end; i += 16) {
+        for (int64_t k = 0; k < kVectors; ++k) add_error(V::load(x + i + k * W), k, W);
+      }
+      for (int64_t k = 0; i < end; i += W, ++k) {
+        const int64_t valid = end - i < W ? end - i : W;
+        add_error(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
+      }
+      float lanes[16];
+      for (int64_t k = 0; k < kVectors; ++k) V::store(lanes + k * W, sums[k]);
+      for (int width = 8; width > 0; width /= 2) {
+        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+      }
+      total += lanes[0];
+    }
+    return total;
+  }
+
+  template <Offset kOffset, class T>
+  static Params choose_block(const T* x, int64_t n, const RangeSpec& spec, bool mse) {
+    float lo;
+    float hi;
+    min_max_block(x, n, lo, hi);
+    if (!mse) return params_from_range<typename V::Store>(lo, hi, spec);
+    return search_range<typename V::Store>(lo, hi, spec,
+                                           [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
+  }
+
+  static Params at(BlockParams params, int64_t b) {
+    return {params.scale[b], params.offset ? params.offset[b] : 0.0f};
+  }
+
+  // Calls f.operator()<offset>(T{}) with the C++ type of `dtype`.
+  template <class Body>
+  static void with(Dtype dtype, Offset offset, Body f) {
+    auto with_type = [&](auto t) {
+      if (offset == Offset::minimum) return f.template operator()<Offset::minimum>(t);
+      return f.template operator()<Offset::zero_point>(t);
+    };
+    switch (dtype) {
+      case Dtype::f32:
+        return with_type(float{});
+      case Dtype::bf16:
+        return with_type(bf16{});
+      case Dtype::f16:
+        return with_type(f16{});
+    }
+  }
+
+  static void quantize(const void* x, Layout l, BlockParams params, Grid grid, int8_t* codes) {
+    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        quantize_block<kOffset>(in + b * l.block, l.block, at(params, b), grid, codes + b * l.block);
+      }
+    });
+  }
+
+  static void dequantize(const int8_t* codes, bool code_signed, Layout l, BlockParams params, Offset offset, void* y) {
+    with(l.dtype, offset, [&]<Offset kOffset>(auto t) {
+      auto* out = static_cast<decltype(t)*>(y);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        dequantize_block<kOffset>(codes + b * l.block, code_signed, l.block, at(params, b), out + b * l.block);
+      }
+    });
+  }
+
+  static void fake_quantize(const void* x, Layout l, BlockParams params, Grid grid, void* y) {
+    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      auto* out = static_cast<decltype(t)*>(y);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        fake_quantize_block<kOffset>(in + b * l.block, l.block, at(params, b), grid, out + b * l.block);
+      }
+    });
+  }
+
+  static void fake_quantize_backward(const void* grad, const void* x, Layout l, BlockParams params, Grid grid,
+                                     void* dx) {
+    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+      using T = decltype(t);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const int64_t at0 = b * l.block;
+        backward_block<kOffset>(static_cast<const T*>(grad) + at0, static_cast<const T*>(x) + at0, l.block,
+                                at(params, b), grid, static_cast<T*>(dx) + at0);
+      }
+    });
+  }
+
+  static void fake_quantize_dynamic(const void* x, Layout l, RangeSpec spec, void* y) {
+    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+      using T = decltype(t);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const T* in = static_cast<const T*>(x) + b * l.block;
+        const Params p = choose_block<kOffset>(in, l.block, spec, false);
+        fake_quantize_block<kOffset>(in, l.block, p, spec.grid, static_cast<T*>(y) + b * l.block);
+      }
+    });
+  }
+
+  static void fake_quantize_dynamic_backward(const void* grad, const void* x, Layout l, RangeSpec spec, void* dx) {
+    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+      using T = decltype(t);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const int64_t at0 = b * l.block;
+        const T* in = static_cast<const T*>(x) + at0;
+        const Params p = choose_block<kOffset>(in, l.block, spec, false);
+        backward_block<kOffset>(static_cast<const T*>(grad) + at0, in, l.block, p, spec.grid,
+                                static_cast<T*>(dx) + at0);
+      }
+    });
+  }
+
+  static void min_max(const void* x, Layout l, float* lo, float* hi) {
+    with(l.dtype, Offset::zero_point, [&]<Offset>(auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      for (int64_t b = 0; b < l.blocks; ++b) min_max_block(in + b * l.block, l.block, lo[b], hi[b]);
+    });
+  }
+
+  static void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
+    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const Params p = choose_block<kOffset>(in + b * l.block, l.block, spec, mse);
+        scale[b] = p.scale;
+        offset[b] = p.offset;
+      }
+    });
+  }
+
+  static constexpr AffineKernels table = {
+      .quantize = quantize,
+      .dequantize = dequantize,
+      .fake_quantize = fake_quantize,
+      .fake_quantize_backward = fake_quantize_backward,
+      .fake_quantize_dynamic = fake_quantize_dynamic,
+      .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
+      .min_max = min_max,
+      .choose_range = choose_range,
+  };
+};
+
+}  // namespace
+}  // namespace phiquant
