@@ -1,0 +1,124 @@
+"""Fake quantization: decode(encode(x)) with the straight-through estimator as its gradient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .observers import MinMaxObserver, range_arguments
+from .spec import QuantSpec, spec as read_spec
+from .tensor import QuantizedTensor
+
+RangeMode = Literal["tensor", "observer"]
+
+
+def fake_quantize(
+    x: Tensor,
+    spec: str | QuantSpec,
+    *,
+    out: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    minimum: Tensor | None = None,
+) -> Tensor:
+    """The nearest value of the grid for every value of x, in x's shape and dtype; differentiable in x.
+
+    The range comes from x (min-max per block), or from `scale` with `zero_point` or `minimum` where
+    given: shape `spec(...).scale_shape(x.shape)` or a single value. `out` receives the result without
+    a new allocation and records no gradient.
+    """
+    spec = read_spec(spec)
+    grid = range_arguments(spec)
+    if scale is None:
+        if zero_point is not None or minimum is not None:
+            raise ValueError("zero_point and minimum need a scale; leave all three out to take the range from x")
+        return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **grid, out=out)
+    return ops.fake_quantize(x, scale, zero_point, minimum, qmin=grid["qmin"], qmax=grid["qmax"], out=out)
+
+
+class FakeQuantize(nn.Module):
+    """Fake-quantizes what passes through it.
+
+    range="tensor": the range is taken from the tensor at each call, by min-max. Nothing is stored.
+    range="observer": `observer` sees each tensor while `observing` is true (in training mode); its
+    range is used. With observing off the buffers scale, zero_point, minimum are used as they are.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    minimum: Tensor | None
+
+    def __init__(
+        self, spec: str | QuantSpec, range: RangeMode = "tensor", observer: MinMaxObserver | None = None
+    ) -> None:
+        super().__init__()
+        if range not in ("tensor", "observer"):
+            raise ValueError(f"range is 'tensor' or 'observer', not {range!r}")
+        if observer is not None and range == "tensor":
+            raise ValueError("an observer is used with range='observer' only")
+        self.spec = read_spec(spec)
+        self.range = range
+        self.observing = range == "observer"
+        self.observer = (observer or MinMaxObserver(self.spec)) if range == "observer" else None
+        for name in ("scale", "zero_point", "minimum"):
+            self.register_buffer(name, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype."""
+        if self.range == "tensor":
+            return fake_quantize(x, self.spec)
+        if self.observing and self.training:
+            self.observe(x)
+        return fake_quantize(x, self.spec, scale=self._known_scale(), zero_point=self.zero_point, minimum=self.minimum)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Show x to the observer and take over its range."""
+        if self.observer is None:
+            raise ValueError("this FakeQuantize takes its range from each tensor; there is no observer")
+        self.observer(x)
+        if self.observer.seen:
+            self.set_range(*self.observer.parameters_of_range())
+
+    def set_range(self, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None) -> None:
+        """Use these parameters from now on (range="observer"): shape `spec.scale_shape(x.shape)`."""
+        if self.range != "observer":
+            raise ValueError("a FakeQuantize with range='tensor' keeps no range; build it with range='observer'")
+        self.scale, self.zero_point, self.minimum = scale, zero_point, minimum
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes that `forward(x)` decodes. Call it in evaluation mode or with observing off."""
+        if self.range == "tensor":
+            grid = range_arguments(self.spec)
+            scale, zero_point, minimum = ops.choose_range(x, self.spec.scale_shape(tuple(x.shape)), **grid)
+        else:
+            scale, zero_point, minimum = self._known_scale(), self.zero_point, self.minimum
+        return encode(x, self.spec, scale, zero_point, minimum)
+
+    def _known_scale(self) -> Tensor:
+        if self.scale is None:
+            raise RuntimeError("no range has been observed yet; run a batch in training mode first")
+        return self.scale
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        # The buffers are None until a range is known; take the saved ones' shape and dtype.
+        for name in ("scale", "zero_point", "minimum"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and self.range == "observer":
+                setattr(self, name, torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, range={self.range}"
+
+
+def encode(
+    x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None
+) -> QuantizedTensor:
+    """Codes of x on a known grid: the one place where codes are made."""
+    codes = ops.quantize(x.detach(), scale, zero_point, minimum, qmin=spec.element.qmin, qmax=spec.element.qmax)
+    return QuantizedTensor(codes.contiguous(), scale.detach().clone(), zero_point, minimum, spec)

@@ -1,0 +1,290 @@
+"""Typed wrappers of the C++ ops, their meta kernels and gradients. The only file that says torch.ops.phiquant.
+
+The shape of `scale` says which values of x share it: all axes alike up to one that is divided into
+runs, 1 after it ([N, 1]: rows; [N, K / g]: groups; [1, 1] or a single value: the whole tensor), or 1
+everywhere but at one axis (a channel axis). Arithmetic is float32 for every dtype of x. Rounding is
+the one rule of csrc/core/affine.h: q = clamp(rne(x * (1 / s)) + z, qmin, qmax).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import composition
+from ._extension import load
+
+load()
+_ops = torch.ops.phiquant
+RULES = {
+    "absmax": composition.ABSMAX,
+    "signed_absmax": composition.SIGNED_ABSMAX,
+    "zero_point": composition.ZERO_POINT,
+    "minimum": composition.MINIMUM,
+}
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, minimum: Tensor | None = None, *, qmin: int, qmax: int
+) -> Tensor:
+    """Codes of x, in its shape: int8 if qmin < 0, else uint8. NaN gets qmin; infinities the ends."""
+    axis = _channel_axis(x.shape, scale.shape)
+    codes = _ops.quantize.default(
+        _to_blocks(x, axis), _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax
+    )
+    return _from_blocks(codes, axis)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    minimum: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Values of int8 or uint8 codes: s (q - z), or s q + m, computed in float32, then cast to `dtype`."""
+    axis = _channel_axis(codes.shape, scale.shape)
+    blocks = _to_blocks(codes, axis)
+    direct = out if out is not None and axis is None and out.is_contiguous() else None
+    result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
+    _ops.dequantize_out.default(
+        blocks, _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, result
+    )
+    return _deliver(result, axis, out)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    minimum: Tensor | None = None,
+    *,
+    qmin: int,
+    qmax: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """decode(encode(x)) in the dtype of x. Differentiable in x: the gradient passes where the code was
+    not clamped (straight-through estimator) and is 0 elsewhere; nothing but x itself is kept for it.
+
+    out: a tensor of x's shape and dtype to write to; may be x. Records no gradient.
+    """
+    axis = _channel_axis(x.shape, scale.shape)
+    arguments = (_flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
+    if out is None:
+        return _from_blocks(_ops.fake_quantize.default(_to_blocks(x, axis), *arguments), axis)
+    _check_out(x, out)
+    direct = out if axis is None and out.is_contiguous() else torch.empty_like(_to_blocks(x, axis))
+    _ops.fake_quantize_out.default(_to_blocks(x, axis), *arguments, direct)
+    return _deliver(direct, axis, out)
+
+
+def fake_quantize_dynamic(
+    x: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`fake_quantize` with the range taken from x itself, found and used in one pass over memory.
+
+    The scale counts as a constant for the gradient. Same values as choose_range + fake_quantize.
+    """
+    axis = _channel_axis(x.shape, scale_shape)
+    arguments = (_block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    if out is None:
+        return _from_blocks(_ops.fake_quantize_dynamic.default(_to_blocks(x, axis), *arguments), axis)
+    _check_out(x, out)
+    direct = out if axis is None and out.is_contiguous() else torch.empty_like(_to_blocks(x, axis))
+    _ops.fake_quantize_dynamic_out.default(_to_blocks(x, axis), *arguments, direct)
+    return _deliver(direct, axis, out)
+
+
+def min_max(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each block, float32 `scale_shape`; NaN is passed over."""
+    axis = _channel_axis(x.shape, scale_shape)
+    lo, hi = _ops.min_max.default(_to_blocks(x.detach(), axis), _block(x.shape, scale_shape))
+    return lo.reshape(tuple(scale_shape)), hi.reshape(tuple(scale_shape))
+
+
+def choose_range(
+    x: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+    mse: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scale, zero_point, minimum) of each block of x, shape `scale_shape`, already rounded as stored.
+
+    The range is the block's min-max, or with `mse` the shrunken range of least squared error.
+    zero_point is int32 and given for rule "zero_point"; minimum for rule "minimum"; else None.
+    """
+    axis = _channel_axis(x.shape, scale_shape)
+    # The search adds errors in a fixed order that torch's reductions do not keep. It is done once per
+    # weight, so it runs in the kernel on the CPU and gives the same ranges on every device.
+    values = x.detach().cpu() if mse else x.detach()
+    scale, offset = _ops.choose_range.default(
+        _to_blocks(values, axis), _block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype], mse
+    )
+    return _parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
+
+
+def range_from_min_max(
+    lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, rule: str, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
+    scale, offset = _ops.range_from_min_max.default(_flat(lo), _flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    return _parameters(scale, offset, rule, scale_dtype, lo.shape)
+
+
+def _parameters(
+    scale: Tensor, offset: Tensor, rule: str, scale_dtype: torch.dtype, shape: Sequence[int]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    shape = tuple(shape)
+    zero_point = offset.reshape(shape).to(torch.int32) if rule == "zero_point" else None
+    minimum = offset.reshape(shape).to(scale_dtype) if rule == "minimum" else None
+    return scale.reshape(shape).to(scale_dtype), zero_point, minimum
+
+
+def _channel_axis(shape: Sequence[int], scale_shape: Sequence[int]) -> int | None:
+    """None if the values that share a scale lie side by side, else the axis to move to the front."""
+    shape, scale_shape = tuple(shape), tuple(scale_shape)
+    if math.prod(scale_shape) == 1 and math.prod(shape) > 0:
+        return None
+    if len(shape) == len(scale_shape):
+        first = next((i for i, (n, s) in enumerate(zip(shape, scale_shape, strict=True)) if n != s), None)
+        if first is None:
+            return None
+        divides = scale_shape[first] > 0 and shape[first] % scale_shape[first] == 0
+        if divides and all(s == 1 for s in scale_shape[first + 1 :]):
+            return None
+        axes = [i for i, s in enumerate(scale_shape) if s != 1]
+        if len(axes) == 1 and scale_shape[axes[0]] == shape[axes[0]]:
+            return axes[0]
+    raise ValueError(
+        f"scale of shape {list(scale_shape)} does not divide x of shape {list(shape)}; expected one scale, "
+        "one per index of an axis (1 elsewhere), or one per run of the last axis, such as [N, K / group]"
+    )
+
+
+def _block(shape: Sequence[int], scale_shape: Sequence[int]) -> int:
+    scales = math.prod(scale_shape)
+    return math.prod(shape) // scales if scales else 0
+
+
+def _to_blocks(x: Tensor, axis: int | None) -> Tensor:
+    return x.contiguous() if axis is None else x.movedim(axis, 0).contiguous()
+
+
+def _from_blocks(x: Tensor, axis: int | None) -> Tensor:
+    return x if axis is None else x.movedim(0, axis)
+
+
+def _flat(scale: Tensor) -> Tensor:
+    return scale.detach().reshape(-1).float()
+
+
+def _flat_or_none(zero_point: Tensor | None, minimum: Tensor | None) -> Tensor | None:
+    if zero_point is not None and minimum is not None:
+        raise ValueError("give a zero_point or a minimum, not both")
+    offset = zero_point if minimum is None else minimum
+    return None if offset is None else _flat(offset)
+
+
+def _check_out(x: Tensor, out: Tensor) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("out= records no gradient; use it under torch.no_grad(), or leave it out")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(f"out must be {x.dtype} {list(x.shape)} like x, got {out.dtype} {list(out.shape)}")
+
+
+def _deliver(result: Tensor, axis: int | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return _from_blocks(result, axis)
+    return out if result is out else out.copy_(_from_blocks(result, axis))
+
+
+# --- meta kernels: shapes and dtypes only ---------------------------------------------------------
+
+
+@torch.library.register_fake("phiquant::quantize")
+def _(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8)
+
+
+@torch.library.register_fake("phiquant::fake_quantize")
+@torch.library.register_fake("phiquant::fake_quantize_dynamic")
+def _like_x(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("phiquant::fake_quantize_backward")
+@torch.library.register_fake("phiquant::fake_quantize_dynamic_backward")
+def _like_second(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("phiquant::dequantize_out")
+@torch.library.register_fake("phiquant::fake_quantize_out")
+@torch.library.register_fake("phiquant::fake_quantize_dynamic_out")
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("phiquant::min_max")
+@torch.library.register_fake("phiquant::choose_range")
+def _two_per_block(x: Tensor, block: int, *_: Any) -> tuple[Tensor, Tensor]:
+    blocks = x.numel() // block if block else 0
+    return x.new_empty(blocks, dtype=torch.float32), x.new_empty(blocks, dtype=torch.float32)
+
+
+@torch.library.register_fake("phiquant::range_from_min_max")
+def _(lo: Tensor, hi: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(lo), torch.empty_like(lo)
+
+
+# --- gradients: the kernels are C++ ops, joined here ----------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, *ctx.arguments = inputs
+    tensors = [a for a in ctx.arguments if isinstance(a, Tensor)]
+    # x is kept as it is, not copied: for a weight that is the parameter itself.
+    ctx.save_for_backward(x, *tensors)
+    ctx.arguments = [None if isinstance(a, Tensor) else a for a in ctx.arguments]
+    ctx.places = [i for i, a in enumerate(inputs[1:]) if isinstance(a, Tensor)]
+
+
+def _backward(op: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, *tensors = ctx.saved_tensors
+        arguments = list(ctx.arguments)
+        for place, tensor in zip(ctx.places, tensors, strict=True):
+            arguments[place] = tensor
+        return op(grad.contiguous(), x, *arguments), *(None for _ in arguments)
+
+    return backward
+
+
+torch.library.register_autograd(
+    "phiquant::fake_quantize", _backward(_ops.fake_quantize_backward.default), setup_context=_keep
+)
+torch.library.register_autograd(
+    "phiquant::fake_quantize_dynamic", _backward(_ops.fake_quantize_dynamic_backward.default), setup_context=_keep
+)
+
+_library = torch.library.Library("phiquant", "IMPL")
+for _kernel in composition.KERNELS:
+    _library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")

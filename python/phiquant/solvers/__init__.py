@@ -1,0 +1,49 @@
+"""Solvers: a weight in, a `QuantizedTensor` out. One file per algorithm, one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import PhiquantError
+from ..spec import QuantSpec, spec as read_spec
+from ..tensor import QuantizedTensor
+from .nearest import mse, rtn
+
+Solver = Callable[[Tensor, QuantSpec], QuantizedTensor]
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "mse": mse}
+
+
+def quantize_tensor(w: Tensor, spec: str | QuantSpec, solver: str = "rtn", name: str = "weight") -> QuantizedTensor:
+    """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
+
+    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error). `name` is used
+    in errors: PhiquantError for a value that is not finite (with its index), an unknown solver, or a
+    group size that does not divide.
+    """
+    spec = read_spec(spec)
+    if solver not in SOLVERS:
+        raise PhiquantError(f"unknown solver {solver!r}; known solvers: {', '.join(SOLVERS)}")
+    if not w.is_floating_point():
+        raise PhiquantError(f"{name} is {w.dtype}; a solver takes float32, bfloat16 or float16")
+    try:
+        spec.scale_shape(tuple(w.shape))
+    except ValueError as error:
+        raise PhiquantError(f"{name}: {error}") from error
+    _check_finite(w, name)
+    return SOLVERS[solver](w.detach(), spec)
+
+
+def _check_finite(w: Tensor, name: str) -> None:
+    # A sum is not finite if any value is not; it costs one read and no temporary.
+    if w.numel() == 0 or bool(torch.isfinite(w.sum(dtype=torch.float64))):
+        return
+    index = torch.nonzero(~torch.isfinite(w))
+    if len(index):
+        first = tuple(index[0].tolist())
+        raise PhiquantError(
+            f"{name} holds {len(index)} value(s) that are not finite, the first is {w[first].item()} at "
+            f"index {list(first)}; repair the checkpoint, or leave this tensor in float by a recipe"
+        )

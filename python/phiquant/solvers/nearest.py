@@ -1,0 +1,31 @@
+"""Round to nearest, on the min-max range (rtn) or on the range of least squared error (mse).
+
+The range is projected to the type in which the spec stores it before any code is rounded.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops
+from ..fake_quant import encode
+from ..observers import range_arguments
+from ..spec import QuantSpec
+from ..tensor import QuantizedTensor
+
+
+def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """Each value gets the nearest code on the grid of its block's min-max range."""
+    return _nearest(w, spec, mse=False)
+
+
+def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """As `rtn`, on the shrunken range that minimises the block's squared error; never worse in that error."""
+    return _nearest(w, spec, mse=True)
+
+
+def _nearest(w: Tensor, spec: QuantSpec, *, mse: bool) -> QuantizedTensor:
+    scale, zero_point, minimum = ops.choose_range(
+        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec), mse=mse
+    )
+    return encode(w, spec, scale, zero_point, minimum)
