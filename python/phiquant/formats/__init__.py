@@ -1,0 +1,1 @@
+"""Deployment formats: writers that pack bits, and independent readers that check them."""
