@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -105,12 +107,25 @@ def _load_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from error
 
 
+@contextmanager
+def _without_progress_bar(transformers: Any) -> Iterator[None]:
+    """Weights of a folder are there in a moment; a bar for them only garbles the caller's output."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def _from_pretrained(name: str, dtype: torch.dtype, *, local: bool) -> tuple[Any, Any]:
     transformers = need("transformers", extra="hf")
     options = {"local_files_only": local, "trust_remote_code": False}
-    model, info = transformers.Phi3ForCausalLM.from_pretrained(
-        name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
+    with _without_progress_bar(transformers):
+        model, info = transformers.Phi3ForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):
             keys = ", ".join(sorted(map(str, info[kind]))[:3])

@@ -12,9 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches the network
 
-import pytest
-
 import phiquant as pq
+import pytest
 from phiquant.testing import random_phi3
 
 

@@ -1,0 +1,154 @@
+"""quantize(): float model to codes at once. prepare_qat() and convert(): by way of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import PhiquantError
+from .fake_quant import FakeQuantize
+from .modules import QAT_CLASS, QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear, to_qat, to_quantized
+from .recipe import Recipe, as_recipe
+from .solvers import quantize_tensor
+from .spec import QuantSpec, Target
+from .tensor import QuantizedTensor
+
+Model = TypeVar("Model", bound=nn.Module)
+What = Recipe | QuantSpec | Target | str
+Range = Literal["tensor", "observer", "mse"]
+Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, layers in all)
+
+
+@torch.no_grad()
+def quantize(model: Model, what: What, solver: str = "rtn", progress: Progress | None = None) -> Model:
+    """Choose codes for the model's Linear (and, if the recipe names them, Embedding) weights, in place.
+
+    what: a target ("gguf:Q4_0"), a spec ("int4-g32-sym") or a Recipe. With the first two, lm_head and
+        the embedding stay in float.
+    solver: "rtn" (range from the extremes) or "mse" (range of least squared error).
+    Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged.
+    """
+    groups = _choose(model, what)
+    solved: list[tuple[list[nn.Module], QuantizedTensor]] = []
+    for done, (names, modules, spec) in enumerate(groups):
+        if progress:
+            progress(names[0], done, len(groups))
+        weight: torch.Tensor = modules[0].get_parameter("weight").detach()
+        solved.append((modules, quantize_tensor(weight, spec, solver=solver, name=f"{names[0]}.weight")))
+    for modules, quantized in solved:
+        _attach(modules, quantized)
+    if progress:
+        progress("done", len(groups), len(groups))
+    return model
+
+
+def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
+    """Let the model train through its grids, in place: what trains is what convert() will store.
+
+    range: where a grid's range comes from. "tensor": the weight as it is in each step. "observer": the
+        extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
+        kept through training.
+    Parameters stay the same objects under the same names: optimizers made before keep working.
+    Returns the model. On an error it is unchanged.
+    """
+    groups = _choose(model, what)
+    made = []
+    for names, modules, spec in groups:
+        weight = modules[0].get_parameter("weight")
+        _check_shape(names[0], weight, spec)
+        made.append((modules, _quantizer(weight, spec, range)))
+    for modules, quantizer in made:
+        for module in modules:
+            to_qat(module, quantizer)
+    return model
+
+
+@torch.no_grad()
+def convert(model: Model, progress: Progress | None = None) -> Model:
+    """Store the codes of a model trained after prepare_qat(), in place.
+
+    The codes decode to exactly the weights that the last forward computed with. Returns the model.
+    """
+    groups: dict[int, list[tuple[str, QATLinear | QATEmbedding]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear | QATEmbedding):
+            groups.setdefault(id(module.weight), []).append((name, module))
+    if not groups:
+        raise PhiquantError(f"{type(model).__name__} has no layer in training; call prepare_qat(model, spec) first")
+    solved: list[tuple[list[nn.Module], QuantizedTensor]] = []
+    for done, members in enumerate(groups.values()):
+        name, first = members[0]
+        if progress:
+            progress(name, done, len(groups))
+        if not torch.isfinite(first.weight).all():
+            raise PhiquantError(f"{name}.weight is not finite after training; lower the learning rate")
+        solved.append(([module for _, module in members], first.weight_quantizer.quantize(first.weight.detach())))
+    for modules, quantized in solved:
+        _attach(modules, quantized)
+    if progress:
+        progress("done", len(groups), len(groups))
+    return model
+
+
+def _attach(modules: list[nn.Module], quantized: QuantizedTensor) -> None:
+    dtype = modules[0].get_parameter("weight").dtype
+    weight = nn.Parameter(quantized.dequantize(dtype), requires_grad=False)
+    for module in modules:
+        to_quantized(module, quantized, weight)
+
+
+def _choose(model: nn.Module, what: What) -> list[tuple[list[str], list[nn.Module], QuantSpec]]:
+    """(names, modules, spec) of every weight to quantize; more than one module where layers share a weight."""
+    _refuse_twice(model)
+    layers = {name: module for name, module in model.named_modules() if type(module) in QAT_CLASS}
+    if not layers:
+        raise PhiquantError(f"{type(model).__name__} has no torch.nn.Linear or Embedding to quantize")
+    specs = as_recipe(what).resolve(layers)
+    tied: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        tied.setdefault(id(module.get_parameter("weight")), []).append(name)
+    chosen = []
+    for names in tied.values():
+        if len({specs[name] for name in names}) > 1:
+            choices = "; ".join(f"{name}: {specs[name] or 'float'}" for name in names)
+            raise PhiquantError(f"these layers share one weight, so a recipe must give them the same spec: {choices}")
+        spec = specs[names[0]]
+        if spec is not None:
+            chosen.append((names, [layers[name] for name in names], spec))
+    return chosen
+
+
+def _refuse_twice(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear | QATEmbedding):
+            raise PhiquantError(f"{name} is already prepared for QAT; convert(model) comes next")
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            raise PhiquantError(
+                f"{name} is already quantized to {module.quantized.spec}; codes are chosen once: "
+                "load the float model to choose others"
+            )
+
+
+def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> FakeQuantize:
+    if range not in ("tensor", "observer", "mse"):
+        raise PhiquantError(f"range is 'tensor', 'observer' or 'mse', not {range!r}")
+    if range == "tensor":
+        return FakeQuantize(spec)
+    quantizer = FakeQuantize(spec, range="observer").to(weight.device)
+    if range == "observer":
+        quantizer.observe(weight.detach())  # a range to begin with, also in evaluation mode
+    else:
+        quantizer.observing = False
+        chosen = quantize_tensor(weight.detach(), spec, solver="mse")
+        quantizer.set_range(chosen.scales, chosen.zero_points, chosen.minimums)
+    return quantizer
+
+
+def _check_shape(name: str, weight: torch.Tensor, spec: QuantSpec) -> None:
+    try:
+        spec.scale_shape(tuple(weight.shape))
+    except ValueError as error:
+        raise PhiquantError(f"{name}.weight: {error}") from error
