@@ -1,23 +1,62 @@
-"""phiquant: choose a grid, choose the codes, keep the codes."""
+"""phiquant: choose a grid, choose the codes, keep the codes.
+
+    import phiquant as pq
+
+    model, tok = pq.load("phi3-tiny")
+    pq.quantize(model, "gguf:Q4_0")                 # or: pq.prepare_qat(...), train, pq.convert(model)
+    pq.export(model, tok, "out/", format="gguf")    # the same codes, and a receipt
+    pq.verify("out/")
+
+Needs torch, numpy and safetensors; anything else is imported where it is used, with an error that
+names the extra to install.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from . import (
+    evaluate,
+    ops,  # first: loads the compiled part, or says why it cannot
+    qat,
+    testing,
+)
+from .errors import PhiquantError, UnsupportedModelError
+from .fake_quant import FakeQuantize, fake_quantize
+from .load import load
+from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
+from .observers import EmaObserver, MinMaxObserver
+from .quantize import convert, prepare_qat, quantize
+from .recipe import Recipe
+from .solvers import quantize_tensor
+from .spec import TARGETS, QuantSpec, Target, spec, target
+from .tensor import QuantizedTensor
 
-_WHERE = {
-    "load": "load", "quantize": "quantize", "prepare_qat": "quantize", "convert": "quantize", "Recipe": "recipe",
-    "spec": "spec", "target": "spec", "quantize_tensor": "solvers", "fake_quantize": "fake_quant",
-    "QuantizedTensor": "tensor", "export": "export", "verify": "export",
-}  # fmt: skip
+__version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-    elif name in ("evaluate", "testing", "qat"):
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(name)
-    globals()[name] = value
-    return value
+__all__ = [
+    "TARGETS",
+    "EmaObserver",
+    "FakeQuantize",
+    "MinMaxObserver",
+    "PhiquantError",
+    "QATEmbedding",
+    "QATLinear",
+    "QuantSpec",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "Recipe",
+    "Target",
+    "UnsupportedModelError",
+    "convert",
+    "evaluate",
+    "fake_quantize",
+    "load",
+    "ops",
+    "prepare_qat",
+    "qat",
+    "quantize",
+    "quantize_tensor",
+    "spec",
+    "target",
+    "testing",
+]
