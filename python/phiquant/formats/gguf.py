@@ -1,0 +1,148 @@
+"""GGUF: one file with weights, tokenizer and metadata, for llama.cpp and everything built on it.
+
+The writer packs the codes it is given; float tensors are stored as the recipe says, norms as float32
+(llama.cpp multiplies by nothing else). The tensors stream: a few rows are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import PhiquantError
+from ..models import phi
+from ..tensor import QuantizedTensor
+from . import gguf_metadata, receipt
+from .gguf_container import ALIGNMENT, F32, GGMLType, Metadata, TensorInfo, header
+from .gguf_names import gguf_name
+from .gguf_pack import FLOAT_TYPES, pack, pack_float, type_for
+from .gguf_tokenizer import model_name, put_vocabulary, read_vocabulary
+from .partial import PartialFile
+from .source import Entry, Progress, Source, row_slices
+
+FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of the file. `values` is given where the source has none: LongRoPE's factors."""
+
+    entry: Entry
+    info: TensorInfo
+    values: torch.Tensor | None = None
+
+
+def storage_type(entry: Entry) -> GGMLType:
+    """The GGUF type that holds `entry` exactly (a float one: that stores it). PhiquantError if there is none."""
+    if entry.spec is not None:
+        return type_for(entry.name, entry.spec, entry.shape)
+    return F32 if len(entry.shape) == 1 else FLOAT_TYPES[entry.dtype]
+
+
+def check(entry: Entry) -> None:
+    """PhiquantError if GGUF cannot hold `entry` exactly: it names tensor, spec and the nearest one that it can."""
+    TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry))
+
+
+def write(source: Source, out_dir: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Write out_dir/model.gguf and receipt.json; return the receipt.
+
+    Everything that can be refused is refused before the first byte. A killed run continues. The
+    receipt's "warnings" say where llama.cpp computes something else than Transformers.
+    """
+    phi.check_architecture(source.config)
+    rope = gguf_metadata.read_rope(source.config)
+    stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
+    _check_complete(source)
+    head, warnings = _header(source, rope, stored)
+    out_dir = Path(out_dir)
+    receipt.remove(out_dir)
+    layout = {s.entry.name: s for s in stored}
+    sizes = [s.info.nbytes for s in stored]
+    with PartialFile(out_dir / FILE, head, list(layout), sizes, source.fingerprint, align=ALIGNMENT) as file:
+        for name in file.remaining():
+            writing = _Writing(source, layout[name])
+            file.append(name, writing.buffers(), writing.record)
+            if progress is not None:
+                progress(name, file.written, file.size)
+        file.commit(keep_journal=True)
+        files = {FILE: receipt.file_record(out_dir / FILE, header=len(head))}
+        result = receipt.make("gguf", files, list(file.records.values()), list(source.entries))
+        result["warnings"] = warnings
+        receipt.write(out_dir, result)
+        file.forget()
+    return result
+
+
+def _place(entry: Entry) -> _Stored:
+    return _Stored(entry, TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry)))
+
+
+def _rope_tensors(rope: gguf_metadata.Rope) -> Iterator[_Stored]:
+    for kind, factors in (("long", rope.long), ("short", rope.short)):
+        if factors is not None:
+            name = f"rope_factors_{kind}.weight"
+            entry = Entry(name, (len(factors),), None, "float32")
+            yield _Stored(entry, TensorInfo(name, entry.shape, F32), torch.tensor(factors, dtype=torch.float32))
+
+
+def _check_complete(source: Source) -> None:
+    """Names and shapes against the config. llama.cpp refuses a file with a tensor too few or of another shape."""
+    have = {entry.name: tuple(entry.shape) for entry in source.entries}
+    for name, shape in phi.tensors(source.config):
+        if name not in have:
+            raise PhiquantError(f"the model has no tensor {name}, which its config.json asks for")
+        if have[name] != shape:
+            raise PhiquantError(f"{name} has the shape {list(have[name])}; by its config.json it is {list(shape)}")
+
+
+def _header(source: Source, rope: gguf_metadata.Rope, stored: list[_Stored]) -> tuple[bytes, list[str]]:
+    """The bytes before the first tensor, and what the reader of the receipt should know."""
+    if source.tokenizer_dir is None:
+        raise PhiquantError("a GGUF file holds the tokenizer, and this model came without one; pass it to export()")
+    config = source.config
+    vocabulary = read_vocabulary(source.tokenizer_dir, phi.sizes(config).vocab, config)
+    infos = [s.info for s in stored]
+    metadata = Metadata()
+    name = Path(str(config.get("_name_or_path") or "")).name
+    gguf_metadata.put_general(metadata, model_name(name, vocabulary), infos)
+    gguf_metadata.put_model(metadata, config, rope)
+    put_vocabulary(metadata, vocabulary)
+    return header(metadata, infos), [*gguf_metadata.warnings(config, rope), *vocabulary.warnings]
+
+
+class _Writing:
+    """The bytes of one tensor, rows by rows, and its line of the receipt once they have passed."""
+
+    def __init__(self, source: Source, stored: _Stored) -> None:
+        self._source, self._stored = source, stored
+        self._digest = receipt.TensorDigest()
+        self._exact = True
+
+    def buffers(self) -> Iterator[memoryview]:
+        entry, kind = self._stored.entry, self._stored.info.type
+        for rows in row_slices(entry):
+            piece = self._source.read(entry, rows) if self._stored.values is None else self._stored.values[rows]
+            if isinstance(piece, QuantizedTensor):
+                yield pack(entry.name, piece, kind).data
+                self._digest.add_codes(piece)
+            else:
+                stored, exact = pack_float(entry.name, piece, kind, rows.start)
+                self._digest.add_values(stored.data)
+                self._exact = self._exact and exact
+                yield stored.data
+
+    def record(self) -> dict[str, Any]:
+        entry, kind = self._stored.entry, self._stored.info.type
+        if entry.spec is not None:
+            return receipt.tensor_record(entry, kind.name, FILE, self._digest.codes())
+        dtype = next(name for name, known in FLOAT_TYPES.items() if known is kind)
+        digests = self._digest.values()
+        return receipt.tensor_record(entry, kind.name, FILE, digests, dtype=dtype, exact=self._exact)
+
+
+__all__ = ["FILE", "check", "storage_type", "write"]

@@ -1,0 +1,1 @@
+"""Run exported files in the runtimes they are made for."""
