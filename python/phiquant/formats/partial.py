@@ -86,7 +86,7 @@ class PartialFile:
         self.final.parent.mkdir(parents=True, exist_ok=True)
         if self._is_committed():
             return self
-        self._file = open(self.partial, "r+b" if self.partial.exists() else "x+b")  # noqa: SIM115
+        self._file = open(self.partial, "r+b" if self.partial.exists() else "x+b")
         try:
             _lock(self._file, self.partial)
             self._resume()

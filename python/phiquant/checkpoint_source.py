@@ -1,0 +1,106 @@
+"""A checkpoint on disk as a source of codes: tensors are quantized while the writer reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, file_identity
+from .errors import PhiquantError
+from .formats.receipt import version
+from .formats.source import Entry, row_slices
+from .models import phi
+from .recipe import Recipe, as_recipe
+from .solvers import SOLVERS, quantize_tensor
+from .spec import FloatName, QuantSpec, Target, target
+from .tensor import QuantizedTensor
+
+
+class CheckpointSource:
+    """The tensors of a checkpoint folder, quantized piece by piece inside read().
+
+    what: a target or its name, a spec or its text, or a Recipe. A float target ("gguf:F16") sets the
+        dtype of all tensors; otherwise those that stay float keep the dtype of the checkpoint.
+    solver: "rtn" or "mse": solvers that need the weight alone.
+    PhiquantError for a checkpoint, a recipe or a shape that does not fit.
+    """
+
+    def __init__(self, folder: Path | str, what: Recipe | QuantSpec | Target | str, solver: str = "rtn") -> None:
+        if solver not in SOLVERS:
+            raise PhiquantError(f"unknown solver {solver!r}; known solvers: {', '.join(SOLVERS)}")
+        self.checkpoint = Checkpoint(folder)
+        self.config: dict[str, Any] = self.checkpoint.config
+        self.tokenizer_dir: Path | None = self.checkpoint.folder
+        self.solver = solver
+        recipe, float_dtype = _read(what)
+        self.entries: Sequence[Entry] = _entries(self.checkpoint, recipe, float_dtype)
+        self.fingerprint = self._fingerprint()
+
+    def read(self, entry: Entry, rows: slice | None = None) -> QuantizedTensor | torch.Tensor:
+        """See Source.read. Float tensors must be finite too: PhiquantError names tensor and index."""
+        if rows is not None:
+            return self._piece(entry, rows)
+        pieces = [self._piece(entry, piece) for piece in row_slices(entry)]
+        if len(pieces) == 1:
+            return pieces[0]
+        if entry.spec is None:
+            return torch.cat(pieces)  # type: ignore[arg-type]
+        parts = [[getattr(p, part) for p in pieces] for part in ("codes", "scales", "zero_points", "minimums")]
+        return QuantizedTensor(*(None if part[0] is None else torch.cat(part) for part in parts), entry.spec)  # type: ignore[arg-type]
+
+    def _piece(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
+        values = self.checkpoint.read(entry.name, rows)
+        if entry.spec is None:
+            return values
+        return quantize_tensor(values, entry.spec, solver=self.solver, name=entry.name, first_row=rows.start)
+
+    def _fingerprint(self) -> str:
+        inputs = {
+            "files": [file_identity(path) for path in self.checkpoint.files],
+            "config": self.config,
+            "entries": [[e.name, e.shape, str(e.spec), e.dtype] for e in self.entries],
+            "solver": self.solver,
+            "versions": [version("phiquant"), torch.__version__],
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | None]:
+    """The recipe, and the dtype of all tensors if `what` is a float target."""
+    if isinstance(what, str) and ":" in what:
+        what = target(what)
+    if isinstance(what, Target) and what.spec is None:
+        return Recipe(), what.float_dtype
+    return as_recipe(what), None
+
+
+def _entries(checkpoint: Checkpoint, recipe: Recipe, float_dtype: FloatName | None) -> list[Entry]:
+    matrices = [
+        name.removesuffix(".weight") for name in checkpoint.shapes if phi.is_matrix(name.removesuffix(".weight"))
+    ]
+    tied = phi.sizes(checkpoint.config).tied
+    specs = recipe.resolve([*matrices, phi.HEAD] if tied else matrices)
+    if tied and specs[phi.HEAD] != specs[phi.EMBEDDING]:
+        raise PhiquantError(
+            f"{phi.HEAD} and {phi.EMBEDDING} share one weight, so a recipe must give them the same spec: "
+            f"{specs[phi.HEAD] or 'float'} and {specs[phi.EMBEDDING] or 'float'}"
+        )
+    entries = []
+    for name, shape in checkpoint.shapes.items():
+        spec = specs.get(name.removesuffix(".weight"))
+        if spec is not None:
+            _check_shape(name, shape, spec)
+        entries.append(Entry(name, shape, spec, float_dtype or checkpoint.dtype(name)))
+    return entries
+
+
+def _check_shape(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:
+    try:
+        spec.scale_shape(shape)
+    except ValueError as error:
+        raise PhiquantError(f"{name}: {error}") from error
