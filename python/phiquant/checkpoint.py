@@ -20,7 +20,7 @@ from .errors import PhiquantError
 from .formats.receipt import is_plain_name
 from .load import read_config
 from .models import phi
-from .spec import FLOAT_BITS, FloatName
+from .spec import FloatName
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.ckpt", "*.pkl")
@@ -128,7 +128,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def pickled_files(folder: Path) -> list[str]:
+def _pickled_files(folder: Path) -> list[str]:
     return sorted({path.name for pattern in PICKLED for path in folder.glob(pattern)})
 
 
@@ -162,7 +162,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard in items.items():
         if not is_plain_name(shard):
             raise PhiquantError(
-                f"{path}: {name} is said to be in {shard!r}, which is not the name of a file in the same folder; refused"
+                f"{path}: {name} is said to be in {shard!r}, which is not the name of a file beside it; refused"
             )
         if not shard.endswith(".safetensors"):
             raise PhiquantError(f"{path}: {name} is said to be in {shard!r}, which is not a .safetensors file; refused")
@@ -171,7 +171,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path) -> PhiquantError:
     advice = "save the model again with save_pretrained, which writes safetensors"
-    if pickled := pickled_files(folder):
+    if pickled := _pickled_files(folder):
         return PhiquantError(
             f"{folder} holds only pickled weights ({', '.join(pickled[:3])}); a pickle can run any code when it "
             f"is opened, so phiquant does not open it: {advice}"
@@ -233,10 +233,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _damaged(path: Path, what: str) -> PhiquantError:
     return PhiquantError(f"{path} is damaged: {what}; download it again")
-
-
-def item_bytes(dtype: FloatName) -> int:
-    return FLOAT_BITS[dtype] // 8
 
 
 def file_identity(path: Path) -> list[Any]:

@@ -50,8 +50,7 @@ class CheckpointSource:
             return pieces[0]
         if entry.spec is None:
             return torch.cat(pieces)  # type: ignore[arg-type]
-        parts = [[getattr(p, part) for p in pieces] for part in ("codes", "scales", "zero_points", "minimums")]
-        return QuantizedTensor(*(None if part[0] is None else torch.cat(part) for part in parts), entry.spec)  # type: ignore[arg-type]
+        return _join(entry.spec, pieces)
 
     def _piece(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
         values = self.checkpoint.read(entry.name, rows)
@@ -68,6 +67,15 @@ class CheckpointSource:
             "versions": [version("phiquant"), torch.__version__],
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
+    codes, scales, zero_points, minimums = (
+        None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
+        for part in ("codes", "scales", "zero_points", "minimums")
+    )
+    assert codes is not None and scales is not None
+    return QuantizedTensor(codes, scales, zero_points, minimums, spec)
 
 
 def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | None]:
