@@ -193,7 +193,7 @@ def _from_blocks(x: Tensor, axis: int | None) -> Tensor:
 
 
 def _flat(scale: Tensor) -> Tensor:
-    return scale.detach().reshape(-1).float()
+    return scale.detach().reshape(-1).float().contiguous()
 
 
 def _flat_or_none(zero_point: Tensor | None, minimum: Tensor | None) -> Tensor | None:
