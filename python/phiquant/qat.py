@@ -258,8 +258,7 @@ class _Checkpoint:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "qat-checkpoint.safetensors"
-        self.optimizer, self.trained = optimizer, trained
-        self.buffers = {name: b for name, b in student.named_buffers() if ".weight_quantizer." in name}
+        self.student, self.optimizer, self.trained = student, optimizer, trained
         self.fingerprint = self._fingerprint(student, settings, ids)
 
     def _fingerprint(self, student: nn.Module, settings: Settings, ids: torch.Tensor) -> str:
@@ -274,11 +273,15 @@ class _Checkpoint:
             digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
         return digest.hexdigest()
 
+    def _ranges(self) -> dict[str, torch.Tensor]:
+        """The observers' and quantizers' buffers; training replaces them, so they are looked up each time."""
+        return {name: buffer for name, buffer in self.student.named_buffers() if ".weight_quantizer." in name}
+
     def save(self, report: Report) -> None:
         from safetensors.torch import save_file
 
         tensors = {f"value.{name}": p.detach() for name, p in self.trained.items()}
-        tensors |= {f"buffer.{name}": b for name, b in self.buffers.items()}
+        tensors |= {f"buffer.{name}": b for name, b in self._ranges().items()}
         for name, parameter in self.trained.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
@@ -300,11 +303,11 @@ class _Checkpoint:
                     f"{self.path} belongs to a run with other settings, text or weights; "
                     "delete it or give another folder"
                 )
-            for kind, named in (("value", self.trained), ("buffer", self.buffers)):
-                for name, tensor in named.items():
-                    tensor.data.copy_(file.get_tensor(f"{kind}.{name}"))
             names = set(file.keys())
+            ranges = {name: file.get_tensor(f"buffer.{name}") for name in self._ranges() if f"buffer.{name}" in names}
+            self.student.load_state_dict(ranges, strict=False)
             for name, parameter in self.trained.items():
+                parameter.data.copy_(file.get_tensor(f"value.{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
                 self.optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
         data = json.loads(metadata["report"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 # Small tensors: more threads only wait for each other, and results do not depend on the machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test reaches the network
 

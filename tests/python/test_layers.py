@@ -1,0 +1,171 @@
+"""The arrows of the layout: who may import whom, measured on the source and in a fresh process."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import phiquant
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python/phiquant"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, everywhere: bool = True) -> set[str]:
+    """Absolute names of what a file imports; `everywhere` counts imports inside functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(tree) if everywhere else top_level(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found.add(stem)
+            found |= {f"{stem}.{alias.name}" for alias in node.names if is_module(f"{stem}.{alias.name}")}
+    return found - ({"phiquant"} if any(name.startswith("phiquant.") for name in found) else set())
+
+
+def top_level(tree: ast.Module):
+    """Statements that run on import, without those under TYPE_CHECKING."""
+    queue = list(tree.body)
+    while queue:
+        node = queue.pop()
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            queue += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists() or name == "phiquant._C"
+
+
+def ours(path: Path) -> set[str]:
+    return {name.removeprefix("phiquant.") for name in imports(path) if name.split(".")[0] == "phiquant"}
+
+
+def test_core_includes_no_torch_and_no_python():
+    files = [*ROOT.glob("csrc/core/*"), *ROOT.glob("tests/cpp/*")]
+    assert files
+    for path in files:
+        if path.is_file():
+            for include in re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8")):
+                assert not re.match(r"torch/|ATen/|c10/|pybind11/|Python\.h", include), f"{path.name}: {include}"
+
+
+def test_bindings_include_no_torch():
+    for path in ROOT.glob("csrc/bindings/*.cpp"):
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', path.read_text(encoding="utf-8")), path.name
+
+
+def test_ops_use_the_stable_abi_alone():
+    for path in ROOT.glob("csrc/ops/*.*"):
+        for include in re.findall(r'#\s*include\s*[<"]((?:torch|ATen|c10)/[^>"]+)', path.read_text(encoding="utf-8")):
+            assert include.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path.name}: {include}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_only_ops_says_torch_ops(path):
+    if path.name != "ops.py":
+        text = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(encoding="utf-8"), flags=re.S)
+        assert "torch.ops" not in re.sub(r"\"[^\"\n]*\"", '""', text)
+
+
+def test_spec_imports_nothing_of_ours():
+    assert not ours(PACKAGE / "spec.py")
+
+
+def test_tensor_imports_ops_and_spec():
+    assert ours(PACKAGE / "tensor.py") <= {"ops", "spec"}
+
+
+@pytest.mark.parametrize("name", ["ops.py", "observers.py", "fake_quant.py"])
+def test_low_floors_import_nothing_above(name):
+    assert ours(PACKAGE / name) <= {"_extension", "_C", "composition", "errors", "ops", "spec", "tensor", "observers"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("solvers/*.py")), ids=module_name)
+def test_solvers_know_no_model_and_no_format(path):
+    names = ours(path)
+    assert not {
+        n for n in names if n.split(".")[0] in {"models", "formats", "quantize", "modules", "recipe", "cli", "load"}
+    }
+
+
+FORMATS_MAY = {"tensor", "spec", "models", "errors", "extras", "_C", "_extension", "formats"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("formats/*.py")), ids=module_name)
+def test_formats_see_quantized_tensors_and_facts_only(path):
+    names = {name.split(".")[0] for name in ours(path)}
+    assert names <= FORMATS_MAY, f"{path.name} imports {names - FORMATS_MAY}"
+
+
+READERS = sorted(PACKAGE.glob("formats/*_reader.py"))
+
+
+@pytest.mark.parametrize("path", READERS, ids=module_name)
+def test_readers_share_no_code_with_writers(path):
+    """What both sides import is left to words, names and errors; anything else would prove nothing."""
+    names = ours(path)
+    assert not names & {"_C", "_extension", "tensor", "ops"}
+    writers = [other for other in PACKAGE.glob("formats/*.py") if other not in READERS]
+    of_writers = set().union(*(ours(other) for other in writers))
+    shared = {name for name in names & of_writers if name.startswith("formats.")}
+    assert shared <= {"formats.receipt"}
+
+
+def test_nothing_but_the_command_line_imports_the_command_line():
+    for path in SOURCES:
+        if "cli" not in path.relative_to(PACKAGE).parts and path.name != "__main__.py":
+            assert not any(name.split(".")[0] == "cli" for name in ours(path)), path
+
+
+OPTIONAL = {
+    "transformers", "tokenizers", "accelerate", "compressed_tensors", "huggingface_hub", "gguf", "xllamacpp",
+    "typer", "click", "rich", "matplotlib", "jinja2", "torchao", "psutil", "tqdm", "pytest",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "cli" not in p.relative_to(PACKAGE).parts], ids=module_name)
+def test_optional_packages_are_imported_inside_functions(path):
+    if path.name == "__main__.py":
+        return
+    assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & OPTIONAL
+
+
+def test_import_pulls_no_optional_package():
+    code = "import sys, json, torch, numpy, safetensors; before = set(sys.modules); import phiquant; " + (
+        "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(json.loads(result.stdout)) & OPTIONAL
+
+
+def test_the_surface_is_what_is_listed():
+    for name in phiquant.__all__:
+        assert getattr(phiquant, name) is not None
+    assert callable(phiquant.load)
+    assert callable(phiquant.spec)
+    assert callable(phiquant.quantize)
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert phiquant.__version__ == version("phiquant")
