@@ -13,12 +13,13 @@ import math
 import numpy as np
 import torch
 
-from .. import _C
+from .._extension import load
 from ..errors import PhiquantError
 from ..spec import TARGETS, Int, PerChannel, PerGroup, PerTensor, QuantSpec
 from ..tensor import QuantizedTensor
 from .gguf_container import BF16, F16, F32, Q4_0, Q4_1, Q8_0, GGMLType
 
+_C = load()
 BLOCK = 32
 FLOAT_TYPES: dict[str, GGMLType] = {"float32": F32, "float16": F16, "bfloat16": BF16}
 
@@ -110,5 +111,6 @@ def pack_float(name: str, values: torch.Tensor, kind: GGMLType, first_row: int) 
         value = values[tuple(index)].item()
         hint = f"too large for {kind.name}; export as gguf:BF16" if math.isfinite(value) else "repair the checkpoint"
         raise PhiquantError(f"{name}: the value at {[index[0] + first_row, *index[1:]]} is {value}: {hint}")
-    exact = dtype == values.dtype or bool(torch.equal(stored.to(torch.float64), values.to(torch.float64)))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    exact = torch.equal(stored.to(wide), values.to(wide))
     return stored.reshape(-1).view(torch.uint8).numpy(), exact

@@ -75,8 +75,7 @@ def _special_ids(files: TokenizerFiles, tokens: list[str], config: Mapping[str, 
         text = text.get("content") if isinstance(text, dict) else text
         given = config.get(f"{ours}_token_id")
         given = given[0] if isinstance(given, list) and given else given
-        value = index.get(text) if isinstance(text, str) else None
-        value = given if value is None else value
+        value = index.get(text, given) if isinstance(text, str) else given
         if isinstance(value, int) and 0 <= value < len(tokens):
             found[theirs] = value
     if END_OF_TURN in index:

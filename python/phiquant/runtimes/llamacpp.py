@@ -156,12 +156,11 @@ def _run(path: Path, request: dict[str, Any], folder: Path, timeout: float) -> d
         return dict(json.loads(result.read_text(encoding="utf-8")))
     if status < 0:
         name = signal.Signals(-status).name if -status in list(signal.Signals) else f"signal {-status}"
-        what = f"llama.cpp crashed ({name}) on {path}"
-    else:
-        what = f"llama.cpp failed on {path}"
-    raise PhiquantError(f"{what}; check the file with phiquant.verify, or export it again{_quote(log)}")
+        hint = "check the file with phiquant.verify, or export it again"
+        raise PhiquantError(f"llama.cpp crashed ({name}) on {path}; {hint}{_quote(log)}")
+    raise PhiquantError(f"llama.cpp failed on {path}{_quote(log)}")
 
 
 def _quote(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return "".join(f"\n  {line[:300]}" for line in ["; its last messages:", *lines[-_TAIL:]]) if lines else ""
+    return "\n  ".join([". Its last messages:", *(line[:300] for line in lines[-_TAIL:])]) if lines else ""
