@@ -157,6 +157,21 @@ def test_sentencepiece(files: str, make_phi3: Any, short_text: str, tmp_path: Pa
     assert llamacpp.tokenize(path, texts) == [spm.encode(text).ids for text in texts]
 
 
+def test_sentencepiece_as_transformers_saves_it(make_phi3: Any, short_text: str, tmp_path: Path) -> None:
+    """Its LlamaTokenizer writes another tokenizer.json than the one of Phi-3: Metaspace, "first"."""
+    pieces, merges = _pieces(short_text + " ".join(TEXTS))
+    transformers = pytest.importorskip("transformers")
+    ours = transformers.LlamaTokenizer(vocab={t: i for i, t in enumerate(pieces)}, merges=merges, add_bos_token=True)
+    ours.save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, len(pieces), {})
+    assert (vocabulary.add_space_prefix, vocabulary.add_bos, vocabulary.special["unknown"]) == (True, True, 0)
+    assert "that starts with none" in vocabulary.warnings[0]
+    model = make_phi3(vocab_size=len(pieces), num_hidden_layers=1, pad_token_id=None)
+    path = _write(model, tmp_path, tmp_path / "out")
+    texts = [text for text in TEXTS if not text.startswith(" ")]
+    assert llamacpp.tokenize(path, texts, add_special=True) == [ours(text)["input_ids"] for text in texts]
+
+
 def test_sentencepiece_scores_from_both_files(short_text: str, tmp_path: Path) -> None:
     """The order of the merges says the same as the scores."""
     spm, pieces = _sentencepiece_like(short_text)

@@ -45,7 +45,7 @@ class Pieces:
 def read(files: TokenizerFiles, size: int) -> Vocabulary:
     """Pieces of tokenizer.model (or tokenizer.json), over them the added tokens, holes filled."""
     source = files.sentencepiece or files.folder / "tokenizer.json"
-    pieces = read_model(source) if files.sentencepiece else _from_json(files.tokenizer, source)
+    pieces = read_model(source) if files.sentencepiece else _from_json(files, source)
     tokens: list[str | None] = [None] * size
     scores, types = [UNUSED_SCORE] * size, [UNUSED] * size
     for index, text in enumerate(pieces.texts):
@@ -56,14 +56,19 @@ def read(files: TokenizerFiles, size: int) -> Vocabulary:
             continue
         place(tokens, index, token.text, source)
         scores[index], types[index] = ADDED_SCORE, CONTROL if token.special else USER_DEFINED
-    return Vocabulary(
-        "llama", "default", fill_holes(tokens, types), types, scores, add_space_prefix=pieces.add_space_prefix
-    )
+    found = Vocabulary("llama", "default", fill_holes(tokens, types), types, scores)
+    found.add_space_prefix = pieces.add_space_prefix
+    if found.add_space_prefix and _scheme(files.tokenizer):
+        found.warnings.append(
+            "the tokenizer adds a space in front of a text that starts with none; llama.cpp adds one always, and after "
+            "special tokens as well"
+        )
+    return found
 
 
-def _from_json(tokenizer: dict[str, Any], source: Path) -> Pieces:
+def _from_json(files: TokenizerFiles, source: Path) -> Pieces:
     """A tokenizer.json with byte fallback, as transformers makes it of a SentencePiece model."""
-    model = tokenizer["model"]
+    model = files.tokenizer["model"]
     vocab: dict[str, int] = model.get("vocab") or {}
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise PhiquantError(f"{source}: the ids of the vocabulary are not 0..{len(vocab) - 1}; use tokenizer.model")
@@ -72,16 +77,21 @@ def _from_json(tokenizer: dict[str, Any], source: Path) -> Pieces:
         rank.setdefault("".join(pair.split(" ", 1) if isinstance(pair, str) else pair), index)
     texts = sorted(vocab, key=vocab.__getitem__)
     scores = [-float(rank.get(text, len(rank))) for text in texts]
-    unknown = model.get("unk_token")
+    unknown = model.get("unk_token") or files.config.get("unk_token")
     types = [UNKNOWN if t == unknown else BYTE if _BYTE.fullmatch(t) else NORMAL for t in texts]
-    return Pieces(texts, scores, types, _prefixes_space(tokenizer))
+    return Pieces(texts, scores, types, _prefixes_space(files.tokenizer))
 
 
 def _prefixes_space(tokenizer: dict[str, Any]) -> bool:
-    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    if pre.get("type") == "Metaspace":
-        return pre.get("prepend_scheme", "always") != "never"
-    return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+    normalizer = tokenizer.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    return _scheme(tokenizer) in ("first", "always") or any(step.get("type") == "Prepend" for step in steps)
+
+
+def _scheme(tokenizer: dict[str, Any]) -> str | None:
+    """Where a Metaspace pre-tokenizer puts a space: "always", "first", "never"; None if there is no such step."""
+    pre = tokenizer.get("pre_tokenizer") or {}
+    return pre.get("prepend_scheme", "always") if pre.get("type") == "Metaspace" else None
 
 
 def read_model(path: Path) -> Pieces:
