@@ -107,6 +107,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.anchor == "signed_absmax" and (self.offset != "none" or not self.element.signed):
             raise ValueError("signed_absmax anchors a signed grid without offset")
+        if self.offset == "minimum" and self.element.signed:
+            raise ValueError(f"a minimum is the value of code 0, so codes are unsigned; use u{self.element}")
         if self.offset == "none" and not self.element.signed:
             raise ValueError(
                 f"{self.element} without an offset holds no negative value; "
