@@ -9,13 +9,11 @@ from the model it started from, which costs more than a few bits do. B = batch s
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import random
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch import nn
 from . import testing
 from .errors import PhiquantError
 from .modules import QATEmbedding, QATLinear
+from .qat_checkpoint import Checkpoint
 from .quantize import Range, What, convert, prepare_qat
 from .recipe import as_recipe
 
@@ -37,6 +36,8 @@ class Settings:
 
     steps: AdamW steps at most. seconds: stop (and let the learning rate fall) by time as well; a run
         limited by time is not repeatable to the bit.
+    train_float: also train what stays in float (embedding, norms, head). Off, those tensors remain
+        bit for bit those of the checkpoint, at the same distance from the teacher.
     language_model: share of the plain language-model loss; 0 is distillation alone, 1 needs no teacher.
     bfloat16: autocast the matrix products; None: where the processor is fast at it.
     checkpoint_seconds: how often the state is saved when a folder is given.
@@ -46,10 +47,11 @@ class Settings:
     seconds: float | None = None
     batch: int = 16
     window: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     warmup: float = 0.05
     temperature: float = 1.0
     language_model: float = 0.0
+    train_float: bool = False
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
@@ -67,12 +69,12 @@ class Settings:
 
 @dataclass
 class Report:
-    """What a run did. curve: (step, loss) of some steps; the loss is that of the batch, in nats."""
+    """What a run did. curve: [step, loss] of some steps; the loss is that of the batch, in nats."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    curve: list[list[float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,10 +108,25 @@ def train(
     if teacher is None and settings.language_model < 1:
         teacher = copy.deepcopy(model)
     prepare_qat(model, recipe, range=range)
-    report = distill(model, teacher, ids, settings, folder=folder, progress=progress)
-    if any(isinstance(module, QATLinear | QATEmbedding) for module in model.modules()):
+    on_grid = {id(m.weight) for m in model.modules() if isinstance(m, QATLinear | QATEmbedding)}
+    with _frozen([p for p in model.parameters() if on_grid and not settings.train_float and id(p) not in on_grid]):
+        report = distill(model, teacher, ids, settings, folder=folder, progress=progress)
+    if on_grid:
         convert(model)
     return report
+
+
+@contextmanager
+def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """These parameters receive no gradient meanwhile."""
+    frozen = [p for p in parameters if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def distill(
@@ -128,8 +145,8 @@ def distill(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
     )
-    keeper = _Checkpoint(folder, student, optimizer, trained, settings, ids) if folder else None
-    report = keeper.restore() if keeper else Report()
+    keeper = Checkpoint(folder, student, optimizer, trained, asdict(settings), ids) if folder else None
+    report = Report(**(keeper.restore() or {})) if keeper else Report()
     mode, before = student.training, report.seconds
     student.train()
     if teacher is not None:
@@ -147,12 +164,12 @@ def distill(
             if progress:
                 progress(_done(report, settings), report)
             if keeper and time.monotonic() - saved > settings.checkpoint_seconds:
-                keeper.save(report)
+                keeper.save(report.to_dict())
                 saved = time.monotonic()
     finally:
         student.train(mode)
     if keeper:
-        keeper.save(report)
+        keeper.save(report.to_dict())
     return report
 
 
@@ -238,77 +255,7 @@ def _schedule(done: float, warmup: float) -> float:
 
 def _record(report: Report, loss: float, settings: Settings, seconds: float) -> None:
     if report.steps % 10 == 0:
-        report.curve.append((report.steps, loss))
+        report.curve.append([report.steps, loss])
     report.steps += 1
     report.tokens += settings.batch * settings.window
     report.seconds = seconds
-
-
-class _Checkpoint:
-    """The state of a run in one safetensors file, replaced whole each time."""
-
-    def __init__(
-        self,
-        folder: Path,
-        student: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        trained: dict[str, nn.Parameter],
-        settings: Settings,
-        ids: torch.Tensor,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "qat-checkpoint.safetensors"
-        self.student, self.optimizer, self.trained = student, optimizer, trained
-        self.fingerprint = self._fingerprint(student, settings, ids)
-
-    def _fingerprint(self, student: nn.Module, settings: Settings, ids: torch.Tensor) -> str:
-        """What the run depends on: settings, text, grids, and some values of every weight it starts from."""
-        digest = hashlib.sha256(json.dumps(asdict(settings)).encode())
-        digest.update(ids.numpy().tobytes())
-        for name, module in student.named_modules():
-            if isinstance(module, QATLinear | QATEmbedding):
-                digest.update(f"{name} {module.weight_quantizer.spec}".encode())
-        for name, value in self.trained.items():
-            some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
-            digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
-        return digest.hexdigest()
-
-    def _ranges(self) -> dict[str, torch.Tensor]:
-        """The observers' and quantizers' buffers; training replaces them, so they are looked up each time."""
-        return {name: buffer for name, buffer in self.student.named_buffers() if ".weight_quantizer." in name}
-
-    def save(self, report: Report) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {f"value.{name}": p.detach() for name, p in self.trained.items()}
-        tensors |= {f"buffer.{name}": b for name, b in self._ranges().items()}
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = value
-        partial = self.path.with_suffix(".partial")
-        metadata = {"fingerprint": self.fingerprint, "report": json.dumps(report.to_dict())}
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
-        partial.replace(self.path)
-
-    def restore(self) -> Report:
-        """Load the checkpoint if there is one; PhiquantError if it belongs to another run."""
-        if not self.path.exists():
-            return Report()
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("fingerprint") != self.fingerprint:
-                raise PhiquantError(
-                    f"{self.path} belongs to a run with other settings, text or weights; "
-                    "delete it or give another folder"
-                )
-            names = set(file.keys())
-            ranges = {name: file.get_tensor(f"buffer.{name}") for name in self._ranges() if f"buffer.{name}" in names}
-            self.student.load_state_dict(ranges, strict=False)
-            for name, parameter in self.trained.items():
-                parameter.data.copy_(file.get_tensor(f"value.{name}"))
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
-                self.optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
-        data = json.loads(metadata["report"])
-        return Report(data["steps"], data["tokens"], data["seconds"], [(s, v) for s, v in data["curve"]])

@@ -40,6 +40,10 @@ def test_training_brings_the_model_closer_to_its_teacher(tiny_model, tokenizer, 
 
     assert kl(trained) < 0.9 * kl(rounded)
     assert isinstance(trained.model.layers[0].mlp.down_proj, pq.QuantizedLinear)
+    for name, parameter in tiny_model.named_parameters():  # what stays float is not touched
+        if "layers" not in name or "norm" in name:
+            assert torch.equal(trained.get_parameter(name), parameter), name
+            assert trained.get_parameter(name).requires_grad
 
 
 def test_the_same_seed_gives_the_same_model(tiny_model, tokenizer, text):
@@ -88,6 +92,19 @@ def test_a_checkpoint_of_another_run_is_refused(tiny_model, tokenizer, text, tmp
                 copy.deepcopy(tiny_model), tokenizer, spec, text=text,
                 settings=dataclasses.replace(settings, **changed), folder=tmp_path,
             )  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_model, tokenizer, text, tmp_path):
+    (tmp_path / "qat-checkpoint.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(PhiquantError, match="is damaged"):
+        qat.train(tiny_model, tokenizer, "gguf:Q4_0", text=text, settings=SETTINGS, folder=tmp_path)
+
+
+def test_float_layers_train_when_asked(tiny_model, tokenizer, text):
+    before = tiny_model.lm_head.weight.clone()
+    settings = dataclasses.replace(SETTINGS, steps=2, train_float=True)
+    qat.train(tiny_model, tokenizer, "gguf:Q4_0", text=text, settings=settings)
+    assert not torch.equal(tiny_model.lm_head.weight, before)
 
 
 def test_a_float_control_trains_without_a_grid(tiny_model, tokenizer, text):
