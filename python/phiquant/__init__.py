@@ -20,6 +20,7 @@ from . import (
     testing,
 )
 from .errors import PhiquantError, UnsupportedModelError
+from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "convert",
     "evaluate",
+    "export",
     "fake_quantize",
     "load",
     "ops",
@@ -59,4 +61,5 @@ __all__ = [
     "spec",
     "target",
     "testing",
+    "verify",
 ]

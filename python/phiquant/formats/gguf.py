@@ -78,6 +78,20 @@ def write(source: Source, out_dir: Path, *, progress: Progress | None = None) ->
     return result
 
 
+def sizes(source: Source) -> dict[str, int]:
+    """Exact bytes of the file that write() makes."""
+    rope = gguf_metadata.read_rope(source.config)
+    stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
+    head, _ = _header(source, rope, stored)
+    lengths = [s.info.nbytes for s in stored]
+    return {FILE: PartialFile(Path(FILE), head, [s.entry.name for s in stored], lengths, "", align=ALIGNMENT).size}
+
+
+def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
+    """The bytes of one entry, as write() stores them."""
+    return _Writing(source, _place(entry)).buffers()
+
+
 def _place(entry: Entry) -> _Stored:
     return _Stored(entry, TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry)))
 
@@ -145,4 +159,4 @@ class _Writing:
         return receipt.tensor_record(entry, kind.name, FILE, digests, dtype=dtype, exact=self._exact)
 
 
-__all__ = ["FILE", "check", "storage_type", "write"]
+__all__ = ["FILE", "check", "encode", "sizes", "storage_type", "write"]

@@ -51,6 +51,7 @@ def write(source: Source, out: Path, *, progress: Progress | None = None) -> dic
 
     A run that is interrupted continues with the next one, if the source has the same fingerprint.
     """
+    phi.check_architecture(source.config)
     for entry in source.entries:
         check(entry)
     settings = config(source.config, source.entries)
@@ -78,16 +79,25 @@ def plan(entries: Sequence[Entry]) -> list[_Shard]:
     """The files of weights, by name, with what they hold."""
     groups = shards(entries, SHARD_BYTES)
     count = len(groups)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    )
     return [_Shard(name, group, header(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def size(source: Source) -> int:
-    """Exact bytes of everything that write() would leave in the folder, the receipt excepted."""
+def sizes(source: Source) -> dict[str, int]:
+    """Exact bytes of every file that write() makes, the receipt excepted."""
     layout = plan(source.entries)
-    weights = sum(shard.open(Path(), "").size for shard in layout)
-    small = [_json(config(source.config, source.entries))] + ([_json(_index(layout))] if len(layout) > 1 else [])
-    return weights + sum(map(len, small)) + sum(path.stat().st_size for path in _companions(source.tokenizer_dir))
+    result = {shard.name: shard.open(Path(), "").size for shard in layout}
+    result["config.json"] = len(_json(config(source.config, source.entries)))
+    if len(layout) > 1:
+        result[INDEX] = len(_json(_index(layout)))
+    return result | {path.name: path.stat().st_size for path in _companions(source.tokenizer_dir)}
+
+
+def encode(source: Source, entry: Entry) -> Iterator[bytes | memoryview]:
+    """The bytes of one entry, as write() stores them."""
+    return _Writing(source, entry, "").buffers()
 
 
 def _write_shards(
@@ -173,14 +183,17 @@ def _plain(codes: torch.Tensor) -> memoryview:
 
 
 def _check_finite(entry: Entry, piece: torch.Tensor, stored: torch.Tensor, first_row: int) -> None:
-    bad = ~torch.isfinite(stored)
-    if bool(bad.any()):
-        index = bad.nonzero()[0].tolist()
-        value = piece[tuple(index)].item()
+    if bool(torch.isfinite(stored.sum())):  # it is not if any value is not: one read, no temporary
+        return
+    bad = (~torch.isfinite(stored)).nonzero()
+    if len(bad):
+        index = bad[0].tolist()
+        value = piece[tuple(index)]
         hint = "repair the checkpoint"
-        if bool(torch.isfinite(piece[tuple(index)])):
+        if bool(torch.isfinite(value)):
             hint = f"too large for {entry.dtype}; export as safetensors:BF16"
-        raise PhiquantError(f"{entry.name}: the value at {[index[0] + first_row, *index[1:]]} is {value}: {hint}")
+        place = [index[0] + first_row, *index[1:]]
+        raise PhiquantError(f"{entry.name}: the value at {place} is {value.item()}: {hint}")
 
 
 def _companions(folder: Path | None) -> list[Path]:
@@ -192,7 +205,9 @@ def _companions(folder: Path | None) -> list[Path]:
     return found
 
 
-def _write_small(out: Path, settings: dict[str, Any], layout: Sequence[_Shard], companions: Sequence[Path]) -> list[str]:
+def _write_small(
+    out: Path, settings: dict[str, Any], layout: Sequence[_Shard], companions: Sequence[Path]
+) -> list[str]:
     """config.json, the index and the companions, each of them whole or not at all; their names."""
     texts: dict[str, Callable[[], str]] = {"config.json": lambda: _json(settings)}
     if len(layout) > 1:
@@ -218,4 +233,4 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2) + "\n"
 
 
-__all__ = ["COMPANIONS", "INDEX", "check", "plan", "size", "write"]
+__all__ = ["COMPANIONS", "INDEX", "check", "encode", "plan", "sizes", "write"]

@@ -59,7 +59,13 @@ class Scheme:
 
     def weights(self) -> dict[str, Any]:
         size = {} if self.group_size is None else {"group_size": self.group_size}
-        return {"num_bits": self.bits, "type": "int", "symmetric": True, "strategy": self.strategy, "dynamic": False} | size
+        return {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": self.strategy,
+            "dynamic": False,
+        } | size
 
 
 def check(entry: Entry) -> None:
@@ -122,7 +128,11 @@ def header(entries: Sequence[Entry]) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored = [part for entry in entries for part in parts(entry)]
     for part, begin in _offsets(stored, 0):
-        table[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [begin, begin + part.nbytes]}
+        table[part.name] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
+            "data_offsets": [begin, begin + part.nbytes],
+        }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -130,7 +140,9 @@ def header(entries: Sequence[Entry]) -> bytes:
 
 def config(source_config: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
     """The config.json of the folder: the model's own, its dtype, and how its weights are quantized."""
-    result = {key: value for key, value in source_config.items() if key not in ("auto_map", "torch_dtype", "_name_or_path")}
+    result = {
+        key: value for key, value in source_config.items() if key not in ("auto_map", "torch_dtype", "_name_or_path")
+    }
     schemes = {entry.module: scheme(entry.spec) for entry in entries if entry.spec is not None}
     if not schemes:
         widest = max((entry.dtype for entry in entries), key=lambda d: (d == "float32", d == "bfloat16"))
@@ -200,7 +212,7 @@ def _nearest(shape: tuple[int, ...], spec: QuantSpec) -> str:
         if target.format != "safetensors" or target.spec is None or target.spec.element.bits < spec.element.bits:
             continue
         grain = target.spec.granularity
-        if len(shape) == 2 and isinstance(grain, PerGroup) and shape[1] % grain.size == 0:
-            if abs(grain.size - wanted) < distance:
-                best, distance = target.name, abs(grain.size - wanted)
+        fits = len(shape) == 2 and isinstance(grain, PerGroup) and shape[1] % grain.size == 0
+        if fits and abs(grain.size - wanted) < distance:
+            best, distance = target.name, abs(grain.size - wanted)
     return best

@@ -64,7 +64,7 @@ def logits(
     with tempfile.TemporaryDirectory(prefix="phiquant-", ignore_cleanup_errors=True) as folder:
         _run(Path(path), request, Path(folder), timeout)
         # A mapped file outlives its name: nothing is left on the disk once the arrays are gone.
-        return [np.load(Path(folder) / f"logits-{i}.npy", mmap_mode="r") for i in range(len(windows))]
+        return [np.load(Path(folder) / f"logits-{i}.npy", mmap_mode="c") for i in range(len(windows))]
 
 
 def tokenize(

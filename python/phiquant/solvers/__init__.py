@@ -16,12 +16,14 @@ Solver = Callable[[Tensor, QuantSpec], QuantizedTensor]
 SOLVERS: dict[str, Solver] = {"rtn": rtn, "mse": mse}
 
 
-def quantize_tensor(w: Tensor, spec: str | QuantSpec, solver: str = "rtn", name: str = "weight") -> QuantizedTensor:
+def quantize_tensor(
+    w: Tensor, spec: str | QuantSpec, solver: str = "rtn", name: str = "weight", first_row: int = 0
+) -> QuantizedTensor:
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
-    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error). `name` is used
-    in errors: PhiquantError for a value that is not finite (with its index), an unknown solver, or a
-    group size that does not divide.
+    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error). Errors use
+    `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
+    (with its index), an unknown solver, or a group size that does not divide.
     """
     spec = read_spec(spec)
     if solver not in SOLVERS:
@@ -32,18 +34,19 @@ def quantize_tensor(w: Tensor, spec: str | QuantSpec, solver: str = "rtn", name:
         spec.scale_shape(tuple(w.shape))
     except ValueError as error:
         raise PhiquantError(f"{name}: {error}") from error
-    _check_finite(w, name)
+    _check_finite(w, name, first_row)
     return SOLVERS[solver](w.detach(), spec)
 
 
-def _check_finite(w: Tensor, name: str) -> None:
-    # A sum is not finite if any value is not; it costs one read and no temporary.
-    if w.numel() == 0 or bool(torch.isfinite(w.sum(dtype=torch.float64))):
+def _check_finite(w: Tensor, name: str, first_row: int) -> None:
+    # A sum is not finite if any value is not (the reverse is checked below): one read, no temporary.
+    if w.numel() == 0 or bool(torch.isfinite(w.sum())):
         return
     index = torch.nonzero(~torch.isfinite(w))
     if len(index):
         first = tuple(index[0].tolist())
+        place = [first[0] + first_row, *first[1:]] if first else []
         raise PhiquantError(
             f"{name} holds {len(index)} value(s) that are not finite, the first is {w[first].item()} at "
-            f"index {list(first)}; repair the checkpoint, or leave this tensor in float by a recipe"
+            f"index {place}; repair the checkpoint, or leave this tensor in float by a recipe"
         )

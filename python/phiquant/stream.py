@@ -1,0 +1,143 @@
+"""Disk to disk: quantize a checkpoint while it is read, and say beforehand what that takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint_source import CheckpointSource
+from .errors import PhiquantError
+from .export import claim_folder, format_module, sign
+from .formats.source import CHUNK_BYTES, Entry, Progress, row_slices
+from .recipe import Recipe
+from .spec import FLOAT_BITS, Target
+from .spec import target as find_target
+
+# Memory of a piece of CHUNK_BYTES in float32, in units of it: the bytes read (half), their temporaries while
+# ranges and codes are chosen, codes and packed bytes. Measured by benchmarks/stream.py.
+_PIECES = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing a checkpoint takes.
+
+    files: exact bytes of every file (the receipt, some kB, excepted). peak_memory: estimate in bytes, of the
+    whole process. seconds: estimate on this machine and this number of threads, from a timed sample;
+    a disk slower than that adds to it. bits_per_weight: of the whole model as stored.
+    """
+
+    target: str
+    files: dict[str, int]
+    bytes: int
+    source_bytes: int
+    parameters: int
+    bits_per_weight: float
+    peak_memory: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_checkpoint(
+    folder: str | Path,
+    target: str | Target,
+    out: str | Path,
+    *,
+    solver: str = "rtn",
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Quantize the checkpoint `folder` into the folder `out`, tensor by tensor; return the receipt.
+
+    target: names the format and the grid; with a recipe, the recipe says the grids. Memory is that of
+    some rows, not of the model. The same call after a kill continues where it stopped, to the same bytes.
+    progress: called with (tensor, bytes written, bytes in all).
+    """
+    target = find_target(target) if isinstance(target, str) else target
+    source, out = _source(folder, target, solver, recipe), Path(out)
+    if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
+        raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
+    claim_folder(out, target.format)
+    format_module(target.format).write(source, out, progress=progress)
+    return sign(out)
+
+
+def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = None, solver: str = "rtn") -> Plan:
+    """Sizes, memory and time of quantize_checkpoint() with the same arguments. Writes nothing.
+
+    PhiquantError for whatever that call would refuse, but for values that are not finite.
+    """
+    target = find_target(target) if isinstance(target, str) else target
+    source = _source(folder, target, solver, recipe)
+    writer = format_module(target.format)
+    for entry in source.entries:
+        writer.check(entry)
+    files = writer.sizes(source)
+    parameters = sum(entry.numel for entry in source.entries)
+    return Plan(
+        target=target.name,
+        files=files,
+        bytes=sum(files.values()),
+        source_bytes=sum(stored.nbytes for stored in source.checkpoint.tensors.values()),
+        parameters=parameters,
+        bits_per_weight=8 * sum(files.values()) / parameters,
+        peak_memory=_peak_memory(source, target.format),
+        seconds=_seconds(source, writer),
+    )
+
+
+def _source(folder: str | Path, target: Target, solver: str, recipe: Recipe | None) -> CheckpointSource:
+    return CheckpointSource(folder, target if recipe is None else recipe, solver)
+
+
+def _peak_memory(source: CheckpointSource, format_name: str) -> int:
+    """This process as it is, the pieces, and for safetensors the packed codes of its largest tensor."""
+    here = peak_memory_here()
+    pieces = int(_PIECES * max(_slice_bytes(entry) for entry in source.entries))
+    if format_name != "safetensors":
+        return here + pieces
+    packed = max((e.numel * e.spec.bits_per_weight(e.shape) / 8 for e in source.entries if e.spec), default=0)
+    return here + pieces + int(packed)
+
+
+def peak_memory_here() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _slice_bytes(entry: Entry) -> int:
+    rows = next(row_slices(entry))
+    return min(max(CHUNK_BYTES, 1), entry.numel * FLOAT_BITS["float32"] // 8) if rows.stop else 0
+
+
+def _seconds(source: CheckpointSource, writer: Any) -> float:
+    """One piece of the largest entry of each kind, timed, times how much of that kind there is."""
+    kinds: dict[Any, list[Entry]] = {}
+    for entry in source.entries:
+        kinds.setdefault(entry.spec or entry.dtype, []).append(entry)
+    total = 0.0
+    for entries in kinds.values():
+        largest = max(entries, key=lambda entry: entry.numel)
+        rows = next(row_slices(largest))
+        sample = dataclasses.replace(largest, shape=(rows.stop, *largest.shape[1:])) if largest.shape else largest
+        total += _time(source, writer, sample) / max(1, sample.numel) * sum(entry.numel for entry in entries)
+    return total
+
+
+def _time(source: CheckpointSource, writer: Any, sample: Entry) -> float:
+    """Seconds to read and encode the sample: the second of two runs, whose pages and code are warm."""
+    for _ in range(2):
+        began = time.perf_counter()
+        for _ in writer.encode(source, sample):
+            pass
+    return time.perf_counter() - began
