@@ -281,9 +281,21 @@ def _backward(op: Any) -> Any:
 torch.library.register_autograd(
     "phiquant::fake_quantize", _backward(_ops.fake_quantize_backward.default), setup_context=_keep
 )
-torch.library.register_autograd(
-    "phiquant::fake_quantize_dynamic", _backward(_ops.fake_quantize_dynamic_backward.default), setup_context=_keep
-)
+_masked = _backward(_ops.fake_quantize_dynamic_backward.default)
+
+
+def _dynamic_backward(ctx: Any, grad: Tensor) -> tuple:
+    """No value lies outside a range that its block's own absmax sets: the gradient passes whole.
+
+    Float16 scales are left out: near their underflow they are rounded so coarsely that a value can.
+    """
+    *_, rule, storage = ctx.arguments
+    if rule == RULES["absmax"] and storage != _STORAGE[torch.float16]:
+        return grad, *(None for _ in ctx.arguments)
+    return _masked(ctx, grad)
+
+
+torch.library.register_autograd("phiquant::fake_quantize_dynamic", _dynamic_backward, setup_context=_keep)
 
 _library = torch.library.Library("phiquant", "IMPL")
 for _kernel in composition.KERNELS:
