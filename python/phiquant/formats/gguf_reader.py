@@ -183,18 +183,31 @@ def read(path: str | Path) -> dict[str, StoredTensor]:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The key-value pairs: str, int, float, bool, or lists of them."""
-    fields = _open(path).fields
-    return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+    return gguf_guard.read_metadata(Path(path))
 
 
 def _open(path: str | Path) -> Any:
     path = Path(path)
-    gguf_guard.check(path)
-    gguf = need("gguf", extra="gguf")
+    gguf_guard.read_metadata(path)
     try:
-        return gguf.GGUFReader(path)
+        return _container_reader()(path)
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise PhiquantError(f"{path} is not a whole GGUF file: {error}; export it or fetch it again") from error
+
+
+def _container_reader() -> Any:
+    """gguf-py's GGUFReader, which passes over the arrays of the metadata (see gguf_guard)."""
+    gguf = need("gguf", extra="gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            walk = gguf_guard.Walk(memoryview(self.data), int(orig_offs))
+            walk.value(int(raw_type))
+            return walk.at - orig_offs, [self.data[orig_offs : walk.at]], [0], [gguf.GGUFValueType.ARRAY]
+
+    return Reader
 
 
 def _hf_name(name: str) -> str:
