@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
-from .observers import MinMaxObserver, range_arguments
+from .observers import KeepsDtype, MinMaxObserver, range_arguments
 from .spec import QuantSpec, spec as read_spec
 from .tensor import QuantizedTensor
 
@@ -39,7 +39,7 @@ def fake_quantize(
     return ops.fake_quantize(x, scale, zero_point, minimum, qmin=grid["qmin"], qmax=grid["qmax"], out=out)
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(KeepsDtype):
     """Fake-quantizes what passes through it.
 
     range="tensor": the range is taken from the tensor at each call, by min-max. Nothing is stored.

@@ -15,6 +15,7 @@ from torch import nn
 
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize
+from .observers import KeepsDtype
 from .spec import QuantSpec
 from .tensor import QuantizedTensor
 
@@ -49,7 +50,7 @@ class QATEmbedding(nn.Embedding):
         )
 
 
-class StoredCodes(nn.Module):
+class StoredCodes(KeepsDtype):
     """The codes and parameters of one weight, as buffers that keep their dtype when the model changes its own."""
 
     codes: torch.Tensor
@@ -66,15 +67,6 @@ class StoredCodes(nn.Module):
     @property
     def quantized(self) -> QuantizedTensor:
         return QuantizedTensor(self.codes, self.scales, self.zero_points, self.minimums, self.spec)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before = {name: value for name, value in self._buffers.items() if value is not None}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != value.dtype:  # model.half() must not change the grid
-                self._buffers[name] = value.to(after.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.spec}, shape={list(self.codes.shape)}"

@@ -6,6 +6,9 @@ An observer's state is a pair of buffers in the shape of the spec's scales, so i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,20 @@ from . import ops
 from .spec import QuantSpec, spec as read_spec
 
 
-class MinMaxObserver(nn.Module):
+class KeepsDtype(nn.Module):
+    """A module whose buffers move with the model but keep their dtype: model.half() must not change a grid."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: value for name, value in self._buffers.items() if value is not None}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != value.dtype:
+                self._buffers[name] = value.to(after.device)
+        return self
+
+
+class MinMaxObserver(KeepsDtype):
     """Smallest and largest value seen per block. NaN is passed over, an empty tensor changes nothing.
 
     lo, hi: float32 [1] until the first tensor gives their shape, `spec.scale_shape(x.shape)`; lo = inf

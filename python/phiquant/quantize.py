@@ -137,14 +137,14 @@ def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> FakeQuant
         raise PhiquantError(f"range is 'tensor', 'observer' or 'mse', not {range!r}")
     if range == "tensor":
         return FakeQuantize(spec)
-    quantizer = FakeQuantize(spec, range="observer").to(weight.device)
+    quantizer = FakeQuantize(spec, range="observer")
     if range == "observer":
-        quantizer.observe(weight.detach())  # a range to begin with, also in evaluation mode
+        quantizer.to(weight.device).observe(weight.detach())  # a range to begin with, also in evaluation mode
     else:
         quantizer.observing = False
-        chosen = quantize_tensor(weight.detach(), spec, solver="mse")
+        chosen = quantize_tensor(weight.detach().cpu(), spec, solver="mse")  # the search runs on the CPU
         quantizer.set_range(chosen.scales, chosen.zero_points, chosen.minimums)
-    return quantizer
+    return quantizer.to(weight.device)
 
 
 def _check_shape(name: str, weight: torch.Tensor, spec: QuantSpec) -> None:

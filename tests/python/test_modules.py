@@ -131,6 +131,17 @@ def test_a_range_goes_through_the_state_dict(range):
     assert torch.equal(other.eval()(x()), model.eval()(x()))
 
 
+@pytest.mark.parametrize("range", ["observer", "mse"])
+def test_training_in_half_precision_keeps_the_grid(range):
+    model = qat_layer("int3-g32-sym", range=range)
+    scale = model[0].weight_quantizer.scale.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model[0].weight_quantizer.scale, scale)
+    assert model.eval()(x(dtype=torch.bfloat16)).dtype == torch.bfloat16
+    pq.convert(model)
+    assert torch.equal(model[0].quantized.scales, scale)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantized_linear_computes_with_the_decode_of_its_codes(spec, dtype):
