@@ -1,0 +1,38 @@
+"""The commands, put together. Each command is one file beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from .demo import demo
+from .evaluate import evaluate
+from .export import export
+from .inspect import inspect
+from .plan import plan
+from .qat import qat
+from .quantize import quantize
+from .verify import verify
+
+app = typer.Typer(
+    name="phiquant",
+    help="Quantize Microsoft's Phi models. Codes are chosen once, then every format stores those codes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "plan": plan,
+    "quantize": quantize,
+    "qat": qat,
+    "export": export,
+    "verify": verify,
+    "eval": evaluate,
+    "inspect": inspect,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)

@@ -1,0 +1,114 @@
+"""Arguments that several commands take. A value that cannot be right ends the command with exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import PhiquantError
+from ..load import EMBEDDED
+from ..recipe import Recipe
+from ..solvers import SOLVERS
+from ..spec import TARGETS, Target
+from ..spec import target as find_target
+
+CheckpointArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help=f"A folder with config.json and safetensors files, or {EMBEDDED!r}.",
+        show_default=False,
+    ),
+]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help=f"Grid and format: {', '.join(TARGETS)}.", show_default=False)
+]
+SolverOption = Annotated[
+    str, typer.Option(help="rtn: ranges from the extremes. mse: the range of least squared error, group by group.")
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(help="A JSON recipe, {'rules': {pattern: spec}, 'default': spec}: which layer gets which grid."),
+]
+TextOption = Annotated[
+    Path | None, typer.Option(help="A UTF-8 text to evaluate on. Default: held-out standard library modules.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Evaluate on this many windows only.", show_default="the whole text")
+]
+
+
+@contextmanager
+def argument(name: str) -> Iterator[None]:
+    """A ValueError inside means that the argument of that name is wrong: exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=name) from error
+
+
+def read_target(name: str) -> Target:
+    """The target of that name."""
+    with argument("--target"):
+        return find_target(name)
+
+
+def check_solver(name: str) -> str:
+    """The name again, if it is that of a solver."""
+    if name not in SOLVERS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SOLVERS)}", param_hint="--solver")
+    return name
+
+
+def read_recipe(path: Path | None) -> Recipe | None:
+    """The recipe in the file; None if no file was named."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise typer.BadParameter(f"no file {path}", param_hint="--recipe")
+    with argument("--recipe"):
+        return Recipe.from_json(path)
+
+
+def read_text(path: Path | None) -> str | None:
+    """The text in the file; None if no file was named."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--text") from error
+
+
+@contextmanager
+def checkpoint_folder(source: str) -> Iterator[Path]:
+    """The folder of a checkpoint on this machine; the embedded model's, if that is what `source` names."""
+    if source == EMBEDDED:
+        with as_file(files("phiquant") / "data" / EMBEDDED) as folder:
+            yield folder
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        raise typer.BadParameter(
+            f"no folder {source!r}; give a checkpoint's folder or {EMBEDDED!r}", param_hint="CHECKPOINT"
+        )
+    yield folder
+
+
+def existing(path: Path, name: str) -> Path:
+    """The path again, if something is there."""
+    if not path.exists():
+        raise typer.BadParameter(f"no such file or folder: {path}", param_hint=name)
+    return path
+
+
+def output_folder(path: Path) -> Path:
+    """The folder for the output; it may exist, but not as a file."""
+    if path.exists() and not path.is_dir():
+        raise PhiquantError(f"{path} is a file; --out names a folder")
+    return path

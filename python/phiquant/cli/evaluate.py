@@ -1,0 +1,68 @@
+"""`phiquant eval`: perplexity, and the distance from a reference, of a checkpoint or an exported file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .. import evaluate as measure
+from .. import testing
+from .arguments import LimitOption, TextOption, read_text
+from .runners import runner
+from .session import DebugFlag, JsonFlag, session, table
+
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint (run in torch), a .gguf file (llama.cpp), an exported folder (its runtime), or 'phi3-tiny'.",
+        show_default=False,
+    ),
+]
+ReferenceOption = Annotated[
+    str | None, typer.Option(help="Compare with this one, usually the float model: KL divergence, same top token.")
+]
+_NAMES = {
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the reference",
+    "nll": "nats per token",
+    "kl": "mean KL(reference || model), nats",
+    "same_top": "same top token",
+    "nll_diff": "nats per token more than the reference",
+    "nll_diff_se": "standard error of that",
+    "tokens": "tokens scored",
+    "protocol": "protocol",
+}
+
+
+def evaluate(
+    model: ModelArg,
+    reference: ReferenceOption = None,
+    text: TextOption = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    limit: LimitOption = None,
+    json_: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Measure perplexity on a text, in the runtime that the file is made for."""
+    with session(json_, debug) as ui:
+        words = read_text(text) or testing.heldout_text()
+        ours = runner(model)
+        rows = measure.windows(ours.tokenizer, words, window, limit)
+        ui.note(f"{len(rows)} windows of {len(rows[0])} tokens in {ours.runtime}")
+        result: Any
+        if reference is None:
+            result = measure.perplexity_from_logits(rows, ours.logits(rows))
+        else:
+            theirs = runner(reference)
+            if measure.windows(theirs.tokenizer, words, window, limit) != rows:
+                raise ValueError(f"{model} and {reference} tokenize the text differently; they cannot be compared")
+            result = measure.compare_logits(rows, ours.logits(rows), theirs.logits(rows))
+        data = {"model": model, "runtime": ours.runtime, "reference": reference, **result.to_dict()}
+        rows_out = table("what", "value>")
+        for key, name in _NAMES.items():
+            if key in data:
+                value = data[key]
+                rows_out.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        ui.result(data, rows_out)

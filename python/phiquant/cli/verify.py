@@ -1,0 +1,58 @@
+"""`phiquant verify`: read an export again, independently of what wrote it, and compare every code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..export import RuntimeResult
+from ..export import verify as check
+from .arguments import TextOption, existing, read_text
+from .session import DebugFlag, JsonFlag, session, table
+
+FolderArg = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="An exported folder, with its receipt.json.", show_default=False)
+]
+
+
+def verify(
+    folder: FolderArg,
+    run: Annotated[bool, typer.Option("--run", help="Run the file in its runtime too.")] = False,
+    text: TextOption = None,
+    json_: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Re-read the files of FOLDER with another reader and compare every code and parameter with the receipt.
+
+    Exit code 1 if anything differs.
+    """
+    with session(json_, debug) as ui:
+        report = check(existing(folder, "FOLDER"), run=run, text=read_text(text))
+        rows = table("what", "differs")
+        for problem in report.files:
+            rows.add_row(*problem.split(": ", 1))
+        for tensor in report.tensors:
+            if not tensor.ok:
+                rows.add_row(tensor.name, tensor.error)
+        parts = [rows] if rows.row_count else []
+        if report.runtime:
+            parts.append(_runtime_table(report.runtime))
+        good = sum(t.ok for t in report.tensors)
+        verdict = f"{folder}: {good} of {len(report.tensors)} tensors are exactly what the receipt says"
+        ui.result(report.to_dict(), *parts, verdict)
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+def _runtime_table(result: RuntimeResult) -> Table:
+    rows = table(f"in {result.name}, against the file's own codes in torch", "value>")
+    rows.add_row("relative error of the logits", f"{result.relative_error:.2e}")
+    rows.add_row("mean KL", f"{result.kl:.2e}")
+    rows.add_row("same top token", f"{100 * result.same_top:.2f} %")
+    rows.add_row("perplexity", f"{result.perplexity:.4f}")
+    rows.add_row("perplexity in torch", f"{result.reference_perplexity:.4f}")
+    rows.add_row("within the bar", "yes" if result.ok else "NO")
+    return rows

@@ -1,0 +1,120 @@
+"""Pictures of quantization, for notebooks: each function draws into the given axes, or into new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .extras import need
+from .tensor import QuantizedTensor
+
+FLOAT_COLOR, CODES_COLOR = "#9aa5b1", "#0b6e99"
+CYCLE = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
+
+
+def block_on_grid(
+    weight: torch.Tensor, quantized: QuantizedTensor, row: int = 0, block: int = 0, ax: Any = None
+) -> Any:
+    """The weights of one block of `weight` [N, K], the grid of that block, and where each weight goes.
+
+    Returns the axes. ValueError if the row or block does not exist.
+    """
+    axes = _axes(ax, (9, 3.2))
+    blocks = quantized.scales.shape[1]
+    if not (0 <= row < weight.shape[0] and 0 <= block < blocks):
+        raise ValueError(f"row {row}, block {block}: the tensor has {weight.shape[0]} rows of {blocks} blocks")
+    part = slice(block * weight.shape[1] // blocks, (block + 1) * weight.shape[1] // blocks)
+    before = weight[row, part].detach().float().tolist()
+    after = quantized.dequantize()[row, part].tolist()
+    for level in _grid(quantized, row, block):
+        axes.axvline(level, color="#dfe3e8", lw=1, zorder=0)
+    for x, y in zip(before, after, strict=True):
+        axes.plot([x, y], [1, 0], color=FLOAT_COLOR, lw=0.8, zorder=1)
+    axes.scatter(before, [1] * len(before), s=18, color=FLOAT_COLOR, zorder=2)
+    axes.scatter(after, [0] * len(after), s=18, color=CODES_COLOR, zorder=2)
+    axes.set_yticks([1, 0], ["float", "codes"])
+    axes.set_ylim(-0.35, 1.35)
+    axes.set_xlabel("weight")
+    axes.set_title(f"row {row}, block {block}: {len(before)} weights on the grid of {quantized.spec}", loc="left")
+    return _clean(axes)
+
+
+def weight_histogram(weight: torch.Tensor, quantized: QuantizedTensor, bins: int = 120, ax: Any = None) -> Any:
+    """Histograms of a weight in float and of the decoded codes, over the same bins. Returns the axes."""
+    axes = _axes(ax, (9, 3.2))
+    values, decoded = weight.detach().float().flatten(), quantized.dequantize().flatten()
+    end = values.abs().quantile(0.9995).item() if values.numel() < 1 << 24 else values.abs().max().item()
+    edges = torch.linspace(-end, end, bins + 1).tolist()
+    axes.hist(values.numpy(), bins=edges, color=FLOAT_COLOR, label="float")
+    axes.hist(decoded.numpy(), bins=edges, histtype="step", color=CODES_COLOR, label=f"decoded {quantized.spec}")
+    axes.set_xlabel("weight")
+    axes.set_ylabel("count")
+    axes.legend(frameon=False)
+    return _clean(axes)
+
+
+def layer_errors(errors: Mapping[str, Mapping[str, float]], ax: Any = None) -> Any:
+    """Grouped bars: errors[method][layer], the layers of the first method in their order. Returns the axes."""
+    layers = list(next(iter(errors.values())))
+    axes = _axes(ax, (9, 3.6))
+    width = 0.8 / len(errors)
+    for i, (method, values) in enumerate(errors.items()):
+        places = [n + (i - (len(errors) - 1) / 2) * width for n in range(len(layers))]
+        axes.bar(places, [values[name] for name in layers], width, label=method, color=CYCLE[i % len(CYCLE)])
+    axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
+    axes.legend(frameon=False, ncols=len(errors))
+    return _clean(axes)
+
+
+def training_curve(losses: Mapping[str, Sequence[float]], ax: Any = None) -> Any:
+    """Losses per step on a logarithmic axis, one line per run. Returns the axes."""
+    axes = _axes(ax, (9, 3.2))
+    for i, (name, values) in enumerate(losses.items()):
+        axes.plot(range(1, len(values) + 1), values, label=name, color=CYCLE[i % len(CYCLE)], lw=1.4)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    return _clean(axes)
+
+
+def bars(values: Mapping[str, float], reference: float | None = None, label: str = "perplexity", ax: Any = None) -> Any:
+    """Horizontal bars with their figures; a dashed line at `reference`, such as the float model. Returns the axes."""
+    axes = _axes(ax, (9, 0.5 + 0.4 * len(values)))
+    names = list(values)[::-1]
+    made = axes.barh(names, [values[name] for name in names], color=CODES_COLOR, height=0.6)
+    axes.bar_label(made, fmt="%.3g", padding=4)
+    axes.set_xlim(0, 1.12 * max(*values.values(), reference or 0.0))
+    if reference is not None:
+        axes.axvline(reference, color="#333333", lw=1, ls="--")
+    axes.set_xlabel(label)
+    return _clean(axes)
+
+
+def _grid(quantized: QuantizedTensor, row: int, block: int) -> list[float]:
+    """The real values that the codes of one block can stand for, decoded as every other code is."""
+    from . import ops
+
+    element = quantized.spec.element
+    codes = torch.arange(element.qmin, element.qmax + 1, dtype=quantized.codes.dtype)[None]
+    rows = row if quantized.scales.shape[0] > 1 else 0
+
+    def one(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[rows : rows + 1, block : block + 1].contiguous()
+
+    scale = quantized.scales[rows : rows + 1, block : block + 1].contiguous()
+    return ops.dequantize(codes, scale, one(quantized.zero_points), one(quantized.minimums))[0].tolist()
+
+
+def _axes(ax: Any, figsize: tuple[float, float]) -> Any:
+    if ax is not None:
+        return ax
+    plt = need("matplotlib.pyplot", extra="plots")
+    return plt.subplots(figsize=figsize, layout="constrained")[1]
+
+
+def _clean(axes: Any) -> Any:
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

@@ -1,0 +1,45 @@
+"""The pictures show the numbers they are given."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import phiquant as pq
+import pytest
+import torch
+from phiquant import plots
+
+mpl.use("Agg")
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("text", ["int4-g32-signmax-f16", "uint3-g32-asym", "uint4-g32-min-f16", "int4-channel-sym"])
+def test_block_on_grid_draws_codes_on_grid_lines(weight, text):
+    quantized = pq.quantize_tensor(weight, text)
+    axes = plots.block_on_grid(weight, quantized, row=3, block=0)
+    element = quantized.spec.element
+    lines = [line.get_xdata()[0] for line in axes.lines[: element.qmax - element.qmin + 1]]
+    decoded = axes.collections[1].get_offsets()[:, 0]
+    assert all(min(abs(x - line) for line in lines) == 0 for x in decoded)
+
+
+def test_block_that_does_not_exist_is_an_error(weight):
+    with pytest.raises(ValueError, match="8 rows of 2 blocks"):
+        plots.block_on_grid(weight, pq.quantize_tensor(weight, "int4-g32-sym"), row=8)
+
+
+def test_histogram_counts_every_weight_within_the_edges(weight):
+    axes = plots.weight_histogram(weight, pq.quantize_tensor(weight, "int8-g32-sym"), bins=10)
+    assert sum(bar.get_height() for bar in axes.patches[:10]) >= weight.numel() - 1
+
+
+def test_bars_and_curves_hold_the_given_values():
+    errors = plots.layer_errors({"rtn": {"a": 1.0, "b": 2.0}, "mse": {"a": 0.5, "b": 1.0}})
+    assert [bar.get_height() for bar in errors.patches] == [1.0, 2.0, 0.5, 1.0]
+    curve = plots.training_curve({"run": [3.0, 2.0, 1.0]})
+    assert curve.lines[0].get_ydata().tolist() == [3.0, 2.0, 1.0]
+    bars = plots.bars({"float": 10.0, "rtn": 12.0}, reference=10.0)
+    assert [bar.get_width() for bar in bars.patches] == [12.0, 10.0]
