@@ -7,6 +7,7 @@ N = rows, K = values of a row.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,15 @@ class StoredTensor:
         step = max(1, _CHUNK // max(1, self.shape[-1])) if len(self.shape) == 2 else _CHUNK
         for start in range(0, self.shape[0], step):
             yield slice(start, min(start + step, self.shape[0]))
+            self._release()
+
+    def _release(self) -> None:
+        """Give back the pages that were read: those of a mapped file count as this process' memory."""
+        mapped = self.data
+        while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
+            mapped = mapped.base
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            mapped.base.madvise(mmap.MADV_DONTNEED)
 
     def _rows(self, rows: slice | None) -> np.ndarray:
         return self.data if rows is None else self.data[rows]

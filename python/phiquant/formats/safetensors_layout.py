@@ -211,8 +211,7 @@ def _nearest(shape: tuple[int, ...], spec: QuantSpec) -> str:
     for target in TARGETS.values():
         if target.format != "safetensors" or target.spec is None or target.spec.element.bits < spec.element.bits:
             continue
-        grain = target.spec.granularity
-        fits = len(shape) == 2 and isinstance(grain, PerGroup) and shape[1] % grain.size == 0
-        if fits and abs(grain.size - wanted) < distance:
-            best, distance = target.name, abs(grain.size - wanted)
+        size = target.spec.granularity.size if isinstance(target.spec.granularity, PerGroup) else 0
+        if size and len(shape) == 2 and shape[1] % size == 0 and abs(size - wanted) < distance:
+            best, distance = target.name, abs(size - wanted)
     return best

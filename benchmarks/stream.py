@@ -1,0 +1,198 @@
+"""Disk to disk: a Phi-3-shaped checkpoint of 1.0 G parameters (bf16, sharded) to GGUF Q4_0.
+
+    python benchmarks/stream.py [--json] [--target gguf:Q4_0] [--layers 17] [--folder DIR]
+
+Bars: peak memory of a fresh process <= 1 GiB; quantize-and-pack >= 4 times gguf-py's Q4_0 quantizer,
+one thread each, the two interleaved in one process. The checkpoint is random; it takes 2 GB of disk
+and the result about 0.7 GB, both removed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+MEMORY_BAR, SPEED_BAR = 1 << 30, 4.0
+SHARD_PARAMETERS = 250_000_000
+CONFIG = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+CHILD = """
+import json, sys, time
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+from phiquant import stream
+before, began = stream.peak_memory_here(), time.perf_counter()
+plan = stream.plan(sys.argv[1], sys.argv[3])
+planned = time.perf_counter()
+receipt = stream.quantize_checkpoint(sys.argv[1], sys.argv[3], sys.argv[2])
+done = time.perf_counter()
+print(json.dumps({"seconds": done - planned, "plan_seconds": planned - began, "peak": stream.peak_memory_here(),
+                  "imports": before, "plan": plan.to_dict(), "tensors": len(receipt["tensors"])}))
+"""
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """Random bf16 shards with index, config and phi3-tiny's tokenizer; returns the number of parameters."""
+    from phiquant.models import phi
+    from safetensors.torch import save_file
+
+    config = {**CONFIG, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(str(files("phiquant") / "data" / "phi3-tiny" / name), folder / name)
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    held = total = 0
+    for name, shape in phi.tensors(config):
+        count = int(np.prod(shape))
+        if held + count > SHARD_PARAMETERS:
+            shards.append([])
+            held = 0
+        shards[-1].append((name, shape))
+        held, total = held + count, total + count
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for index, shard in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+            for name, shape in shard
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    index_text = json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index_text)
+    return total
+
+
+def stream_once(folder: Path, out: Path, target: str, threads: int) -> dict[str, Any]:
+    """quantize_checkpoint in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), str(out), target, str(threads)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def race(rounds: int) -> dict[str, Any]:
+    """Quantize and pack 3072 x 8192 fp32 to Q4_0, ours and gguf-py's, interleaved, one thread. Seconds."""
+    import gguf
+    from phiquant import TARGETS, quantize_tensor
+    from phiquant.formats.gguf_container import Q4_0
+    from phiquant.formats.gguf_pack import pack
+
+    torch.set_num_threads(1)
+    w = torch.empty(3072, 8192).normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    spec = TARGETS["gguf:Q4_0"].spec
+    assert spec is not None
+    ours: Callable[[], Any] = lambda: pack("w", quantize_tensor(w, spec), Q4_0)  # noqa: E731
+    theirs: Callable[[], Any] = lambda: gguf.quants.quantize(w.numpy(), gguf.GGMLQuantizationType.Q4_0)  # noqa: E731
+    same = np.asarray(ours()).reshape(-1, 18) == np.asarray(theirs()).reshape(-1, 18)
+    times: dict[str, list[float]] = {"ours": [], "gguf-py": []}
+    for _ in range(rounds):
+        for name, run in (("ours", ours), ("gguf-py", theirs)):
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "values": w.numel(),
+        "ours_ms": 1e3 * medians["ours"],
+        "ours_spread_ms": [1e3 * min(times["ours"]), 1e3 * max(times["ours"])],
+        "gguf_py_ms": 1e3 * medians["gguf-py"],
+        "gguf_py_spread_ms": [1e3 * min(times["gguf-py"]), 1e3 * max(times["gguf-py"])],
+        "ratio": medians["gguf-py"] / medians["ours"],
+        "identical_blocks": float(same.all(axis=1).mean()),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    race_, run = result["race"], result["stream"]
+    low, high = race_["ours_spread_ms"]
+    gguf_low, gguf_high = race_["gguf_py_spread_ms"]
+    print(f"{race_['values'] / 1e6:.1f} M values to Q4_0, 1 thread: median (least, most), {result['rounds']} rounds")
+    print(f"  phiquant  {race_['ours_ms']:7.1f} ms  ({low:.1f}, {high:.1f})")
+    print(f"  gguf-py   {race_['gguf_py_ms']:7.1f} ms  ({gguf_low:.1f}, {gguf_high:.1f})")
+    print(
+        f"  ratio     {race_['ratio']:7.2f}     bar {SPEED_BAR:g}   {100 * race_['identical_blocks']:.2f} % of blocks identical"
+    )
+    print(
+        f"{result['parameters'] / 1e9:.3f} G parameters to {result['target']}, {result['threads']} thread(s), fresh process"
+    )
+    print(
+        f"  peak memory {run['peak'] / 2**20:8.0f} MiB   bar {MEMORY_BAR / 2**20:.0f}   ({run['imports'] / 2**20:.0f} after imports)"
+    )
+    print(f"  time        {run['seconds']:8.1f} s     read, quantize, write, sync, read back and compare every code")
+    print(
+        f"  file        {result['bytes'] / 1e6:8.1f} MB    {8 * result['bytes'] / result['parameters']:.2f} bits per weight"
+    )
+    plan = run["plan"]
+    print(
+        f"  plan said   {plan['bytes'] / 1e6:8.1f} MB, {plan['peak_memory'] / 2**20:.0f} MiB, {plan['seconds']:.1f} s"
+        f"   (after {run['plan_seconds']:.2f} s)"
+    )
+    print("all bars met" if result["ok"] else "A BAR IS MISSED")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--target", default="gguf:Q4_0")
+    parser.add_argument("--layers", type=int, default=17, help="17 layers make 1.0 G parameters")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where the temporary files go")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="phiquant-stream-", dir=arguments.folder) as place:
+        checkpoint, out = Path(place) / "checkpoint", Path(place) / "out"
+        checkpoint.mkdir()
+        parameters = make_checkpoint(checkpoint, arguments.layers)
+        run = stream_once(checkpoint, out, arguments.target, arguments.threads)
+        size = sum(path.stat().st_size for path in out.iterdir())
+    raced = race(arguments.rounds)
+    result = {
+        "target": arguments.target,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "parameters": parameters,
+        "bytes": size,
+        "stream": run,
+        "race": raced,
+        "ok": run["peak"] <= MEMORY_BAR and raced["ratio"] >= SPEED_BAR,
+    }
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
