@@ -226,8 +226,10 @@ def _step(student: Any, teacher: Any, rows: torch.Tensor, settings: Settings) ->
 
 def distillation_loss(logits: torch.Tensor, expected: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Mean over positions of KL(softmax(expected / t) || softmax(logits / t)) t^2, in float32; logits [..., V]."""
-    student = (logits.float() / temperature).log_softmax(-1).flatten(0, -2)
-    teacher = (expected.float() / temperature).log_softmax(-1).flatten(0, -2)
+    if temperature != 1:  # the usual case is spared two passes over the largest tensors of a step
+        logits, expected = logits.float() / temperature, expected.float() / temperature
+    student = logits.log_softmax(-1, dtype=torch.float32).flatten(0, -2)
+    teacher = expected.log_softmax(-1, dtype=torch.float32).flatten(0, -2)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
