@@ -135,30 +135,23 @@ def race(rounds: int) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    race_, run = result["race"], result["stream"]
-    low, high = race_["ours_spread_ms"]
-    gguf_low, gguf_high = race_["gguf_py_spread_ms"]
-    print(f"{race_['values'] / 1e6:.1f} M values to Q4_0, 1 thread: median (least, most), {result['rounds']} rounds")
-    print(f"  phiquant  {race_['ours_ms']:7.1f} ms  ({low:.1f}, {high:.1f})")
-    print(f"  gguf-py   {race_['gguf_py_ms']:7.1f} ms  ({gguf_low:.1f}, {gguf_high:.1f})")
+    raced, run, plan = result["race"], result["stream"], result["stream"]["plan"]
+    mib = 2**20
+    print(f"{raced['values'] / 1e6:.1f} M values to Q4_0, 1 thread: median (least, most), {result['rounds']} rounds")
+    for name, key in (("phiquant", "ours"), ("gguf-py", "gguf_py")):
+        low, high = raced[f"{key}_spread_ms"]
+        print(f"  {name:<12}{raced[f'{key}_ms']:8.1f} ms  ({low:.1f}, {high:.1f})")
+    print(f"  ratio       {raced['ratio']:8.2f}     bar {SPEED_BAR:g}")
+    print(f"  blocks with the same bytes: {100 * raced['identical_blocks']:.2f} %")
+    count = result["parameters"] / 1e9
+    print(f"{count:.3f} G parameters to {result['target']} in a new process, threads: {result['threads']}")
     print(
-        f"  ratio     {race_['ratio']:7.2f}     bar {SPEED_BAR:g}   {100 * race_['identical_blocks']:.2f} % of blocks identical"
-    )
-    print(
-        f"{result['parameters'] / 1e9:.3f} G parameters to {result['target']}, {result['threads']} thread(s), fresh process"
-    )
-    print(
-        f"  peak memory {run['peak'] / 2**20:8.0f} MiB   bar {MEMORY_BAR / 2**20:.0f}   ({run['imports'] / 2**20:.0f} after imports)"
+        f"  peak memory {run['peak'] / mib:8.0f} MiB   bar {MEMORY_BAR / mib:.0f}; imports {run['imports'] / mib:.0f}"
     )
     print(f"  time        {run['seconds']:8.1f} s     read, quantize, write, sync, read back and compare every code")
-    print(
-        f"  file        {result['bytes'] / 1e6:8.1f} MB    {8 * result['bytes'] / result['parameters']:.2f} bits per weight"
-    )
-    plan = run["plan"]
-    print(
-        f"  plan said   {plan['bytes'] / 1e6:8.1f} MB, {plan['peak_memory'] / 2**20:.0f} MiB, {plan['seconds']:.1f} s"
-        f"   (after {run['plan_seconds']:.2f} s)"
-    )
+    bits = 8 * result["bytes"] / result["parameters"]
+    print(f"  size        {result['bytes'] / 1e6:8.1f} MB    {bits:.2f} bits per weight")
+    print(f"  plan said   {plan['bytes'] / 1e6:8.1f} MB, {plan['peak_memory'] / mib:.0f} MiB, {plan['seconds']:.1f} s")
     print("all bars met" if result["ok"] else "A BAR IS MISSED")
 
 

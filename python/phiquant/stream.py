@@ -17,9 +17,9 @@ from .recipe import Recipe
 from .spec import FLOAT_BITS, Target
 from .spec import target as find_target
 
-# Memory of a piece of CHUNK_BYTES in float32, in units of it: the bytes read (half), their temporaries while
-# ranges and codes are chosen, codes and packed bytes. Measured by benchmarks/stream.py.
-_PIECES = 3.0
+# Memory beside the imports, in units of a piece's size in float32: the bytes read, temporaries of the solver,
+# codes, packed bytes; then those of the independent reader. benchmarks/stream.py measured 5.3.
+_PIECES = 6.0
 
 
 @dataclass(frozen=True)

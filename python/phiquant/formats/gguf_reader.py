@@ -135,7 +135,7 @@ class StoredTensor:
 
     def _release(self) -> None:
         """Give back the pages that were read: those of a mapped file count as this process' memory."""
-        mapped = self.data
+        mapped: Any = self.data
         while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
             mapped = mapped.base
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows

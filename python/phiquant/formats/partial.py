@@ -190,7 +190,7 @@ class PartialFile:
             if data["identity"] != self._identity or list(records) != self._names[: len(records)]:
                 return {}
             return {name: dict(record) for name, record in records.items()}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def _sync(self) -> None:
