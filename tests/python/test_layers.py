@@ -142,11 +142,15 @@ OPTIONAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "cli" not in p.relative_to(PACKAGE).parts], ids=module_name)
+def is_program(path: Path) -> bool:
+    """Run by itself, in a process of its own; nobody imports it."""
+    return path.name == "__main__.py" or path.stem.endswith("_worker") or "cli" in path.relative_to(PACKAGE).parts
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if not is_program(path)], ids=module_name)
 def test_optional_packages_are_imported_inside_functions(path):
-    if path.name == "__main__.py":
-        return
     assert not {name.split(".")[0] for name in imports(path, everywhere=False)} & OPTIONAL
+    assert not any(name.endswith("_worker") for name in ours(path))
 
 
 def test_import_pulls_no_optional_package():
