@@ -14,7 +14,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 BUILD_INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: demo test ctest pytest test-slow sanitize lint format bench clean
+.PHONY: demo test ctest pytest test-slow sanitize lint format notebooks bench clean
 
 demo: $(VENV)/.package
 	$(BIN)/phiquant demo --out build/demo
@@ -53,6 +53,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+# Run the notebooks and store their outputs.
+notebooks: $(VENV)/.dev
+	$(BIN)/python notebooks/execute.py
 
 bench: $(VENV)/.dev
 	$(PIP) --editable '.[bench]' --no-build-isolation

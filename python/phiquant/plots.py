@@ -64,16 +64,17 @@ def layer_errors(errors: Mapping[str, Mapping[str, float]], ax: Any = None) -> A
         places = [n + (i - (len(errors) - 1) / 2) * width for n in range(len(layers))]
         axes.bar(places, [values[name] for name in layers], width, label=method, color=CYCLE[i % len(CYCLE)])
     axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
-    axes.legend(frameon=False, ncols=len(errors))
+    axes.legend(frameon=False, ncols=len(errors), loc="lower right", bbox_to_anchor=(1, 1))
     return _clean(axes)
 
 
-def training_curve(losses: Mapping[str, Sequence[float]], ax: Any = None) -> Any:
-    """Losses per step on a logarithmic axis, one line per run. Returns the axes."""
+def training_curve(curves: Mapping[str, Sequence[Sequence[float]]], ax: Any = None) -> Any:
+    """One line per run through its [step, loss] pairs, as in qat.Report.curve. Returns the axes."""
     axes = _axes(ax, (9, 3.2))
-    for i, (name, values) in enumerate(losses.items()):
-        axes.plot(range(1, len(values) + 1), values, label=name, color=CYCLE[i % len(CYCLE)], lw=1.4)
-    axes.set_yscale("log")
+    for i, (name, pairs) in enumerate(curves.items()):
+        steps, losses = zip(*pairs, strict=True)
+        axes.plot(steps, losses, label=name, color=CYCLE[i % len(CYCLE)], lw=1.4)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
@@ -86,7 +87,9 @@ def bars(values: Mapping[str, float], reference: float | None = None, label: str
     names = list(values)[::-1]
     made = axes.barh(names, [values[name] for name in names], color=CODES_COLOR, height=0.6)
     axes.bar_label(made, fmt="%.3g", padding=4)
-    axes.set_xlim(0, 1.12 * max(*values.values(), reference or 0.0))
+    shown = [0.0, reference or 0.0, *values.values()]
+    room = 0.14 * (max(shown) - min(shown))
+    axes.set_xlim(min(shown) - (room if min(shown) < 0 else 0), max(shown) + room)
     if reference is not None:
         axes.axvline(reference, color="#333333", lw=1, ls="--")
     axes.set_xlabel(label)

@@ -39,7 +39,9 @@ def test_histogram_counts_every_weight_within_the_edges(weight):
 def test_bars_and_curves_hold_the_given_values():
     errors = plots.layer_errors({"rtn": {"a": 1.0, "b": 2.0}, "mse": {"a": 0.5, "b": 1.0}})
     assert [bar.get_height() for bar in errors.patches] == [1.0, 2.0, 0.5, 1.0]
-    curve = plots.training_curve({"run": [3.0, 2.0, 1.0]})
+    curve = plots.training_curve({"run": [[0, 3.0], [10, 2.0], [20, 1.0]]})
     assert curve.lines[0].get_ydata().tolist() == [3.0, 2.0, 1.0]
-    bars = plots.bars({"float": 10.0, "rtn": 12.0}, reference=10.0)
-    assert [bar.get_width() for bar in bars.patches] == [12.0, 10.0]
+    assert curve.lines[0].get_xdata().tolist() == [0, 10, 20]
+    bars = plots.bars({"float": 0.0, "rtn": 2.0, "qat": -1.0})
+    assert [bar.get_width() for bar in bars.patches] == [-1.0, 2.0, 0.0]
+    assert bars.get_xlim()[0] < -1

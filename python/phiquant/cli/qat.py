@@ -43,11 +43,11 @@ def qat(
     ] = None,
     recipe: RecipeOption = None,
     text: TrainText = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps at most.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps at most.")] = Settings.steps,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Stop by time as well.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 16,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = 1e-3,
+    batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = Settings.batch,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = Settings.window,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = Settings.learning_rate,
     language_model: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of the plain language-model loss; 0 distils from the float model."),
@@ -63,6 +63,8 @@ def qat(
     """
     with session(json_, debug) as ui:
         chosen, base = read_target(target), read_recipe(recipe)
+        if base and bits:
+            raise typer.BadParameter("a recipe says the bits itself; leave one of the two out", param_hint="--bits")
         what = base or _with_bits(chosen, bits)
         with argument("--learning-rate"):
             settings = Settings(
@@ -90,7 +92,6 @@ def train(
     ui: Ui, model: Any, tokenizer: Any, what: Any, text: str | None, settings: Settings, folder: Path | None
 ) -> dict[str, Any]:
     """qat.train with a bar; returns what a result says of the run."""
-    _freeze(model)
     with ui.progress("training") as step:
 
         def progress(share: float, report: Report) -> None:
@@ -107,12 +108,6 @@ def show(ui: Ui, out: Path, receipt: dict[str, Any], report: dict[str, Any]) -> 
     if curve:
         line += f"; loss {curve[0][1]:.4f} at first, {curve[-1][1]:.4f} at the end"
     ui.result({"ok": True, "out": str(out), "training": report, "files": receipt["files"]}, line, files_table(receipt))
-
-
-def _freeze(model: Any) -> None:
-    """What is not quantized and large, the embedding and the head, keeps its values: the file does not grow."""
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        module.requires_grad_(False)
 
 
 def _with_bits(target: Target, bits: int | None) -> Any:
