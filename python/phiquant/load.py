@@ -122,10 +122,13 @@ def _without_progress_bar(transformers: Any) -> Iterator[None]:
 def _from_pretrained(name: str, dtype: torch.dtype, *, local: bool) -> tuple[Any, Any]:
     transformers = need("transformers", extra="hf")
     options = {"local_files_only": local, "trust_remote_code": False}
-    with _without_progress_bar(transformers):
-        model, info = transformers.Phi3ForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+    try:
+        with _without_progress_bar(transformers):
+            model, info = transformers.Phi3ForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+    except RuntimeError as error:
+        raise PhiquantError(f"the weights in {name} do not fit its config.json: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):
             keys = ", ".join(sorted(map(str, info[kind]))[:3])

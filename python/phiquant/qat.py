@@ -107,6 +107,7 @@ def train(
     settings = settings or Settings()
     recipe = as_recipe(what)
     ids = encode(tokenizer, text if text is not None else _default_text(settings))
+    _check(model, ids, settings)
     if teacher is None and settings.language_model < 1:
         teacher = copy.deepcopy(model)
     prepare_qat(model, recipe, range=range)
@@ -141,8 +142,7 @@ def distill(
     progress: Progress | None = None,
 ) -> Report:
     """The training loop alone: `student` (any transformers causal model) towards `teacher` on the stream `ids` [n]."""
-    if len(ids) <= settings.window:
-        raise PhiquantError(f"the training text has {len(ids)} tokens; a window of {settings.window} needs more")
+    _check(student, ids, settings)
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay, fused=True
@@ -173,6 +173,17 @@ def distill(
     if keeper:
         keeper.save(report.to_dict())
     return report
+
+
+def _check(student: Any, ids: torch.Tensor, settings: Settings) -> None:
+    if len(ids) <= settings.window:
+        raise PhiquantError(f"the training text has {len(ids)} tokens; a window of {settings.window} needs more")
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise PhiquantError(
+                f"{name} is {parameter.dtype}, in which small steps are lost; training takes float32 (bfloat16=True "
+                "casts the products alone): load the model with dtype=torch.float32"
+            )
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:

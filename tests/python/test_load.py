@@ -83,6 +83,31 @@ def test_missing_weights_are_named(folder):
         pq.load(folder)
 
 
+def test_weights_of_another_size_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    with pytest.raises(PhiquantError, match=r"do not fit its config\.json"):
+        pq.load(folder)
+
+
+def test_tied_embeddings(tmp_path, make_phi3, tokenizer):
+    saved = make_phi3(tie_word_embeddings=True)
+    saved.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = pq.load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
+
+
+def test_a_shard_outside_the_folder_is_not_read(folder):
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = "../../elsewhere.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(PhiquantError, match=r"lacks the shard.*elsewhere"):
+        pq.load(folder)
+
+
 def test_another_architecture_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}

@@ -176,6 +176,12 @@ def test_settings_that_make_no_sense(wrong):
 def test_a_text_that_is_too_short(tiny_model, tokenizer):
     with pytest.raises(PhiquantError, match="a window of 32 needs more"):
         qat.train(tiny_model, tokenizer, "gguf:Q4_0", text="import os", settings=SETTINGS)
+    assert not any(isinstance(module, pq.QATLinear) for module in tiny_model.modules())
+
+
+def test_half_precision_masters_are_refused(tiny_model, tokenizer, text):
+    with pytest.raises(PhiquantError, match=r"is torch\.bfloat16.*dtype=torch\.float32"):
+        qat.train(tiny_model.to(torch.bfloat16), tokenizer, "gguf:Q4_0", text=text, settings=SETTINGS)
 
 
 def test_a_diverging_run_says_so(tiny_model, tokenizer, text):
