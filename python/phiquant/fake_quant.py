@@ -110,7 +110,7 @@ class FakeQuantize(KeepsDtype):
             saved = state_dict.get(prefix + name)
             if saved is not None and self.range == "observer":
                 setattr(self, name, torch.empty_like(saved))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, range={self.range}"
