@@ -48,9 +48,7 @@ def training_files() -> list[Path]:
     files = [
         path
         for path in sorted(root.rglob("*.py"))
-        if "site-packages" not in path.parts
-        and path not in heldout
-        and path.stat().st_size < 300_000
+        if "site-packages" not in path.parts and path not in heldout and path.stat().st_size < 300_000
     ]
     return files
 

@@ -167,9 +167,7 @@ struct Affine {
                                            [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
   }
 
-  static Params at(BlockParams params, int64_t b) {
-    return {params.scale[b], params.offset ? params.offset[b] : 0.0f};
-  }
+  static Params at(BlockParams params, int64_t b) { return {params.scale[b], params.offset ? params.offset[b] : 0.0f}; }
 
   // Calls f.operator()<offset>(T{}) with the C++ type of `dtype`.
   template <class Body>

@@ -67,9 +67,9 @@ Layout layout_of(const Tensor& x, const Tensor& scale, const std::optional<Tenso
     check_float32(*offset, "offset");
     check(offset->numel() == blocks, "offset must have as many values as scale");
   }
-  check(blocks > 0 ? x.numel() % blocks == 0 : x.numel() == 0,
-        "x has " + std::to_string(x.numel()) + " values, which " + std::to_string(blocks) +
-            " scales do not divide into blocks of one size");
+  check(blocks > 0 ? x.numel() % blocks == 0 : x.numel() == 0, "x has " + std::to_string(x.numel()) +
+                                                                   " values, which " + std::to_string(blocks) +
+                                                                   " scales do not divide into blocks of one size");
   return {dtype, blocks, blocks > 0 ? x.numel() / blocks : 0};
 }
 
@@ -103,8 +103,8 @@ RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t storag
 
 // A run of values that one thread works on: whole blocks, or a piece of one long block.
 struct Piece {
-  int64_t block;   // index of the first block
-  int64_t start;   // index of the first value
+  int64_t block;  // index of the first block
+  int64_t start;  // index of the first value
   Layout layout;
 };
 
@@ -317,8 +317,8 @@ Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64
   void* out = dx.mutable_data_ptr();
   if (l.block <= kLongBlock) {
     for_pieces(l, [&](const Piece& p) {
-      affine_kernels().fake_quantize_dynamic_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype),
-                                                      p.layout, spec, shift(out, p.start, l.dtype));
+      affine_kernels().fake_quantize_dynamic_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype), p.layout,
+                                                      spec, shift(out, p.start, l.dtype));
     });
     return dx;
   }

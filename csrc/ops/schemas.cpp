@@ -24,8 +24,6 @@ STABLE_TORCH_LIBRARY(phiquant, m) {
       "fake_quantize_dynamic_backward(Tensor grad, Tensor x, int block, int qmin, int qmax, int rule, int storage) "
       "-> Tensor");
   m.def("min_max(Tensor x, int block) -> (Tensor, Tensor)");
-  m.def(
-      "choose_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool mse) -> (Tensor, Tensor)");
-  m.def(
-      "range_from_min_max(Tensor lo, Tensor hi, int qmin, int qmax, int rule, int storage) -> (Tensor, Tensor)");
+  m.def("choose_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool mse) -> (Tensor, Tensor)");
+  m.def("range_from_min_max(Tensor lo, Tensor hi, int qmin, int qmax, int rule, int storage) -> (Tensor, Tensor)");
 }

@@ -54,9 +54,7 @@ def dequantize(
     blocks = _to_blocks(codes, axis)
     direct = out if out is not None and axis is None and out.is_contiguous() else None
     result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
-    _ops.dequantize_out.default(
-        blocks, _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, result
-    )
+    _ops.dequantize_out.default(blocks, _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, result)
     return _deliver(result, axis, out)
 
 
@@ -145,7 +143,9 @@ def range_from_min_max(
     lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, rule: str, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
-    scale, offset = _ops.range_from_min_max.default(_flat(lo), _flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    scale, offset = _ops.range_from_min_max.default(
+        _flat(lo), _flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
+    )
     return _parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 

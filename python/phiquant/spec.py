@@ -111,8 +111,7 @@ class QuantSpec:
             raise ValueError(f"a minimum is the value of code 0, so codes are unsigned; use u{self.element}")
         if self.offset == "none" and not self.element.signed:
             raise ValueError(
-                f"{self.element} without an offset holds no negative value; "
-                "use 'asym', or a signed element"
+                f"{self.element} without an offset holds no negative value; use 'asym', or a signed element"
             )
         if self.scale_dtype not in FLOAT_BITS:
             raise ValueError(f"scale_dtype is one of {', '.join(FLOAT_BITS)}, not {self.scale_dtype!r}")

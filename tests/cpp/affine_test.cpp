@@ -84,10 +84,10 @@ TEST_P(AffineLevels, MapsEqualReference) {
     const RangeSpec s = spec(bits, Dtype::f16);
     std::vector<float> scale(kBlocks), offset(kBlocks);
     affine_ref.choose_range(x.data(), layout, s, false, scale.data(), offset.data());
-    scale[1] = 0.0f;     // a block of zeros
-    scale[2] = 0.1f;     // values far outside
-    scale[3] = -0.25f;   // negative scales are legal (Q4_0)
-    scale[4] = 1e-45f;   // the reciprocal would overflow
+    scale[1] = 0.0f;    // a block of zeros
+    scale[2] = 0.1f;    // values far outside
+    scale[3] = -0.25f;  // negative scales are legal (Q4_0)
+    scale[4] = 1e-45f;  // the reciprocal would overflow
     const BlockParams params{scale.data(), offset.data()};
 
     std::vector<char> y = bytes(), y_ref = bytes();

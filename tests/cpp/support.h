@@ -36,8 +36,8 @@ inline std::vector<float> gaussian(int64_t n, uint32_t seed, float sigma = 1.0f)
 // Gaussian values with ties, zeros, NaN, infinities, huge and tiny ones strewn in.
 inline std::vector<float> awkward(int64_t n, uint32_t seed) {
   constexpr float inf = std::numeric_limits<float>::infinity();
-  const std::vector<float> special = {0.0f, -0.0f, 0.5f, -0.5f, 1.5f, 2.5f, -2.5f, std::nanf(""), inf, -inf,
-                                      1e30f, -1e30f, 3e38f, 1e-40f, -1e-40f, 65504.0f, 65520.0f, 6e-8f};
+  const std::vector<float> special = {0.0f, -0.0f, 0.5f,   -0.5f, 1.5f,   2.5f,    -2.5f,    std::nanf(""), inf,
+                                      -inf, 1e30f, -1e30f, 3e38f, 1e-40f, -1e-40f, 65504.0f, 65520.0f,      6e-8f};
   std::vector<float> values = gaussian(n, seed);
   std::mt19937 engine(seed + 1);
   for (float& v : values) {

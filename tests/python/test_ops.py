@@ -98,10 +98,8 @@ def test_equal_to_torch_where_torch_is_right(level: str) -> None:
 def test_shape_of_scale_says_which_values_share_it(shape: tuple, scale_shape: tuple) -> None:
     x = random(*shape)
     scale = random(*scale_shape, seed=1).abs() + 0.1
-    if shape == (6, 8) and scale_shape == (6, 2):
-        spread = scale.repeat_interleave(4, 1)
-    else:
-        spread = scale.expand(shape)
+    grouped = scale_shape == (6, 2)
+    spread = scale.repeat_interleave(4, 1) if grouped else scale.expand(shape)
     expected = (x * (1 / spread)).round().clamp(-8, 7) * spread
     assert torch.equal(ops.fake_quantize(x, scale, qmin=-8, qmax=7), expected)
     codes = ops.quantize(x, scale, qmin=-8, qmax=7)
@@ -111,7 +109,7 @@ def test_shape_of_scale_says_which_values_share_it(shape: tuple, scale_shape: tu
     assert torch.equal(out, expected)
     lo, hi = ops.min_max(x, scale_shape)
     assert lo.shape == hi.shape == scale_shape
-    if scale_shape != (6, 2):
+    if not grouped:
         axes = [i for i, n in enumerate(scale_shape) if n == 1]
         assert torch.equal(lo, x.amin(axes, keepdim=True))
         assert torch.equal(hi, x.amax(axes, keepdim=True))
@@ -171,13 +169,13 @@ class _Reference(torch.autograd.Function):
     """The straight-through estimator, as written in the book: round and clamp, then mask."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:  # noqa: ANN001
+    def forward(ctx, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
         v = (x * (1 / scale)).round()
         ctx.save_for_backward((v >= qmin) & (v <= qmax))
         return v.clamp(qmin, qmax) * scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple:
         (inside,) = ctx.saved_tensors
         return torch.where(inside, grad, 0.0), None, None, None
 

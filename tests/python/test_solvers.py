@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phiquant import PhiquantError, QuantizedTensor, quantize_tensor
 
-SPECS = ["int4-g32-sym", "int3-g32-signmax-f16", "int2-g32-sym-f16", "uint4-g32-min-f16", "uint4-g32-asym", "int4-channel-sym", "int8-tensor-sym"]  # fmt: skip
+SPECS = [
+    "int4-g32-sym",
+    "int3-g32-signmax-f16",
+    "int2-g32-sym-f16",
+    "uint4-g32-min-f16",
+    "uint4-g32-asym",
+    "int4-channel-sym",
+    "int8-tensor-sym",
+]
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
