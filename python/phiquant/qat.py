@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -45,9 +44,9 @@ class Settings:
 
     steps: int = 600
     seconds: float | None = None
-    batch: int = 16
+    batch: int = 8
     window: int = 128
-    learning_rate: float = 3e-4
+    learning_rate: float = 2.5e-4
     warmup: float = 0.05
     temperature: float = 1.0
     language_model: float = 0.0
@@ -158,11 +157,12 @@ def distill(
         while (done := _done(report, settings)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(done, settings.warmup)
-            loss = _step(student, teacher, _batch(ids, settings, report.steps), settings)
+            rows = _batch(ids, settings, report.steps)
+            loss = _step(student, teacher, rows, settings)
             nn.utils.clip_grad_norm_(trained.values(), settings.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            _record(report, loss, settings, before + time.monotonic() - began)
+            _record(report, loss, rows.numel(), before + time.monotonic() - began)
             if progress:
                 progress(_done(report, settings), report)
             if keeper and time.monotonic() - saved > settings.checkpoint_seconds:
@@ -198,20 +198,21 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
 def _default_text(settings: Settings) -> str:
     """Enough of the standard library that no window comes twice in a short run; about 3 characters make a token."""
     tokens = settings.batch * settings.window * settings.steps
+    if settings.seconds:
+        tokens = min(tokens, int(10_000 * settings.seconds))  # faster than any CPU trains phi3-tiny
     return testing.training_text(characters=min(20_000_000, max(1_000_000, 5 * tokens)), seed=settings.seed)
 
 
 def _batch(ids: torch.Tensor, settings: Settings, step: int) -> torch.Tensor:
     """The windows of one step, int64 [B, T]: a function of the step, so that a resumed run sees the same."""
-    window, batch = settings.window, settings.batch
-    starts = list(range(0, len(ids) - window, window))
-    per_epoch = max(1, len(starts) // batch)
-    epoch, index = divmod(step, per_epoch)
-    order = random.Random(f"{settings.seed}/{epoch}")
-    shift = order.randrange(window) if len(starts) > 1 else 0
-    order.shuffle(starts)
-    rows = [ids[min(s + shift, len(ids) - window) :][:window] for s in starts[index * batch : (index + 1) * batch]]
-    return torch.stack(rows).long()
+    window, batch, last = settings.window, settings.batch, len(ids) - settings.window
+    windows = len(ids) // window
+    epoch, index = divmod(step, max(1, windows // batch))
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    shift = int(torch.randint(window, (1,), generator=generator))  # each epoch cuts the text at other places
+    chosen = torch.randperm(windows, generator=generator)[index * batch : (index + 1) * batch]
+    starts = (chosen * window + shift).clamp(max=last)
+    return torch.stack([ids[start : start + window] for start in starts.tolist()]).long()
 
 
 def _step(student: Any, teacher: Any, rows: torch.Tensor, settings: Settings) -> float:
@@ -268,9 +269,9 @@ def _schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def _record(report: Report, loss: float, settings: Settings, seconds: float) -> None:
+def _record(report: Report, loss: float, tokens: int, seconds: float) -> None:
     if report.steps % 10 == 0:
         report.curve.append([report.steps, loss])
     report.steps += 1
-    report.tokens += settings.batch * settings.window
+    report.tokens += tokens
     report.seconds = seconds
