@@ -66,6 +66,12 @@ def test_help_names_every_command():
         assert "--json" in run(name, "--help")
 
 
+def test_version():
+    import phiquant
+
+    assert run("--version").strip() == phiquant.__version__
+
+
 def test_plan_says_size_memory_and_time(checkpoint, quantized):
     report = run_json("plan", checkpoint, "--target", "gguf:Q4_0")
     assert report["files"]["model.gguf"] == (quantized / "model.gguf").stat().st_size
@@ -176,6 +182,8 @@ def test_inspect_of_packed_safetensors_counts_scales(checkpoint, tmp_path):
         ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--bits", "5", "--out", "OUT"),
         ("export", "CHECKPOINT", "--format", "pdf", "--out", "OUT"),
         ("verify", "no-such-folder"),
+        ("quantize", "CHECKPOINT", "--target", "gguf:Q4_0", "--out", "FILE"),
+        ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--bits", "3", "--recipe", "RECIPE", "--out", "OUT"),
         ("eval", "CHECKPOINT", "--text", "no-such.txt"),
         ("eval", "CHECKPOINT", "--window", "1"),
         ("inspect", "no-such-folder"),
@@ -184,7 +192,9 @@ def test_inspect_of_packed_safetensors_counts_scales(checkpoint, tmp_path):
     ids=lambda a: " ".join(a)[:60],
 )
 def test_wrong_arguments_end_with_2(arguments, checkpoint, tmp_path):
-    places = {"CHECKPOINT": str(checkpoint), "OUT": str(tmp_path / "out")}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"default": "gguf:Q4_0"}')
+    places = {"CHECKPOINT": checkpoint, "OUT": tmp_path / "out", "FILE": recipe, "RECIPE": recipe}
     run(*(places.get(a, a) for a in arguments), code=2)
     assert not (tmp_path / "out").exists()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
@@ -18,8 +19,8 @@ from .verify import verify
 
 app = typer.Typer(
     name="phiquant",
-    help="Quantize Microsoft's Phi models. Codes are chosen once, then every format stores those codes.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,5 +35,17 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "inspect": inspect,
 }
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Quantize Microsoft's Phi models. Codes are chosen once, then every format stores those codes."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
 for name, command in COMMANDS.items():
     app.command(name)(command)

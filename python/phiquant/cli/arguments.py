@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import PhiquantError
 from ..load import EMBEDDED
 from ..recipe import Recipe
 from ..solvers import SOLVERS
@@ -110,5 +109,5 @@ def existing(path: Path, name: str) -> Path:
 def output_folder(path: Path) -> Path:
     """The folder for the output; it may exist, but not as a file."""
     if path.exists() and not path.is_dir():
-        raise PhiquantError(f"{path} is a file; --out names a folder")
+        raise typer.BadParameter(f"{path} is a file; give a folder", param_hint="--out")
     return path
