@@ -174,12 +174,12 @@ def train(args: argparse.Namespace) -> None:
         [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
     )
-    start, curve = 0, []
+    start, curve, heldout_curve = 0, [], []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start, curve = state["step"], state["curve"]
+        start, curve, heldout_curve = state["step"], state["curve"], state["heldout_curve"]
     began = time.time()
     for step in range(start, args.steps):
         rows = batches(stream, args.batch, args.window, step, args.seed)
@@ -197,13 +197,18 @@ def train(args: argparse.Namespace) -> None:
             rate = args.batch * args.window * (step + 1 - start) / (time.time() - began)
             print(f"step {step} loss {loss.item():.4f} {rate:,.0f} tokens/s", flush=True)
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            heldout_curve.append([step + 1, round(heldout_loss(model, heldout[:32768]), 4)])
+            print(f"step {step + 1} held-out loss {heldout_curve[-1][1]:.4f}", flush=True)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "curve": curve,
+                "heldout_curve": heldout_curve,
+            }
             partial = state_file.with_suffix(".partial")
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "curve": curve},
-                partial,
-            )
+            torch.save(state, partial)
             partial.rename(state_file)
-            print(f"step {step + 1} held-out loss {heldout_loss(model, heldout[:32768]):.4f}", flush=True)
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     loss = heldout_loss(model.float(), heldout)
@@ -215,6 +220,7 @@ def train(args: argparse.Namespace) -> None:
         "heldout_loss": loss,
         "heldout_perplexity": math.exp(loss),
         "curve": curve,
+        "heldout_curve": heldout_curve,
     }
     (args.out / "training.json").write_text(json.dumps(report) + "\n")
     print(f"held-out perplexity {math.exp(loss):.3f}")
