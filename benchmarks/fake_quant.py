@@ -70,6 +70,21 @@ def compare(case: Case, label: str, repeats: int, fresh_bar: float, out_bar: flo
     return rows
 
 
+def deployed_grid(repeats: int) -> list[Row]:
+    """Q4_0's rule as trained: signed anchor, fp16 scales, and a gradient whose mask is found again from x."""
+    case = Case(3072, 8192, "g32")
+    x = case.x.clone().requires_grad_()
+    y = ops.fake_quantize_dynamic(x, case.shape, **INT4, rule="signed_absmax", scale_dtype=torch.float16)
+    times = interleave(
+        {
+            "torch": case.backward(case.torch_forward),
+            "ours": lambda: torch.autograd.grad(y, x, case.grad, retain_graph=True)[0],
+        },
+        repeats,
+    )
+    return [Row("3072x8192 Q4_0: backward, range and mask", times["torch"], times["ours"], 3.0)]
+
+
 def threads(repeats: int) -> list[Row]:
     case = Case(3072, 8192, "g32")
     given = Case(3072, 8192, "channel")
@@ -94,6 +109,7 @@ def run(repeats: int) -> list[Row]:
     rows = compare(Case(3072, 8192, "g32"), "3072x8192 int4 g32, with range", repeats, 2.5, 6.0)
     rows += compare(Case(3072, 8192, "tensor"), "3072x8192 int4 per tensor", repeats, 2.5, 8.0)
     rows += compare(Case(3072, 8192, "channel"), "3072x8192 int4 per channel", repeats, 2.5, 8.0)
+    rows += deployed_grid(repeats)
     for grain in ("g32", "tensor", "channel"):
         rows += compare(Case(128, 512, grain), f"128x512 int4 {grain}", 20 * repeats, 1.0, None)
     return rows + threads(repeats)

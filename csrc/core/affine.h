@@ -37,6 +37,8 @@ struct AffineKernels {
   void (*fake_quantize_backward)(const void* grad, const void* x, Layout layout, BlockParams params, Grid grid,
                                  void* dx);
   // The range of each block is found from x, then used at once while the block is in cache.
+  // scale, offset fp32 [blocks]: the range that was found.
+  void (*quantize_dynamic)(const void* x, Layout layout, RangeSpec spec, int8_t* codes, float* scale, float* offset);
   void (*fake_quantize_dynamic)(const void* x, Layout layout, RangeSpec spec, void* y);
   void (*fake_quantize_dynamic_backward)(const void* grad, const void* x, Layout layout, RangeSpec spec, void* dx);
   // lo, hi fp32 [blocks]; NaN is passed over; a block of NaN gives lo = inf, hi = -inf.

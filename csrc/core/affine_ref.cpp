@@ -149,6 +149,18 @@ void fake_quantize_backward(const void* grad, const void* x, Layout l, BlockPara
   });
 }
 
+void quantize_dynamic(const void* x, Layout l, RangeSpec spec, int8_t* codes, float* scale, float* offset) {
+  with_type(l.dtype, [&](auto t) {
+    for (int64_t b = 0; b < l.blocks; ++b) {
+      const auto* in = static_cast<const decltype(t)*>(x) + b * l.block;
+      const Params p = choose_block(in, l.block, spec, false);
+      scale[b] = p.scale;
+      offset[b] = p.offset;
+      quantize_block(in, l.block, p, spec.grid, codes + b * l.block);
+    }
+  });
+}
+
 void fake_quantize_dynamic(const void* x, Layout l, RangeSpec spec, void* y) {
   with_type(l.dtype, [&](auto t) {
     using T = decltype(t);
@@ -197,6 +209,7 @@ const AffineKernels affine_ref = {
     .dequantize = dequantize,
     .fake_quantize = fake_quantize,
     .fake_quantize_backward = fake_quantize_backward,
+    .quantize_dynamic = quantize_dynamic,
     .fake_quantize_dynamic = fake_quantize_dynamic,
     .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
     .min_max = min_max,

@@ -226,6 +226,18 @@ struct Affine {
     });
   }
 
+  static void quantize_dynamic(const void* x, Layout l, RangeSpec spec, int8_t* codes, float* scale, float* offset) {
+    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const auto* in = static_cast<const decltype(t)*>(x) + b * l.block;
+        const Params p = choose_block<kOffset>(in, l.block, spec, false);
+        scale[b] = p.scale;
+        offset[b] = p.offset;
+        quantize_block<kOffset>(in, l.block, p, spec.grid, codes + b * l.block);
+      }
+    });
+  }
+
   static void fake_quantize_dynamic(const void* x, Layout l, RangeSpec spec, void* y) {
     with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
       using T = decltype(t);
@@ -273,6 +285,7 @@ struct Affine {
       .dequantize = dequantize,
       .fake_quantize = fake_quantize,
       .fake_quantize_backward = fake_quantize_backward,
+      .quantize_dynamic = quantize_dynamic,
       .fake_quantize_dynamic = fake_quantize_dynamic,
       .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
       .min_max = min_max,

@@ -5,7 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -101,6 +106,20 @@ RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t storag
   return {grid_of(qmin, qmax, r == Rule::minimum), r, static_cast<Dtype>(storage)};
 }
 
+// An output like x. Writing 100 MB of fresh memory costs more in page faults of 4 KiB than the kernels'
+// arithmetic does; for large outputs the system is asked for pages of 2 MiB instead.
+Tensor output_like(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2u << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end =
+      (reinterpret_cast<uintptr_t>(y.mutable_data_ptr()) + y.numel() * y.element_size()) & ~(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+  return y;
+}
+
 // A run of values that one thread works on: whole blocks, or a piece of one long block.
 struct Piece {
   int64_t block;  // index of the first block
@@ -184,7 +203,7 @@ void fake_quantize_out(const Tensor& x, const Tensor& scale, const std::optional
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
                      int64_t qmin, int64_t qmax) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = output_like(x);
   fake_quantize_out(x, scale, offset, minimum, qmin, qmax, y);
   return y;
 }
@@ -194,7 +213,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor&
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
   const Grid grid = grid_of(qmin, qmax, minimum);
   check_same(grad, x, "grad");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();
   const void* in = x.const_data_ptr();
   void* out = dx.mutable_data_ptr();
@@ -276,6 +295,30 @@ std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t 
   return {scale, offset};
 }
 
+// codes, scale, offset: the range of each block and the codes on it, in one pass over memory.
+std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
+                                                    int64_t rule, int64_t storage) {
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  Tensor codes = torch::stable::new_empty(x, x.sizes(), qmin < 0 ? ScalarType::Char : ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  const void* in = x.const_data_ptr();
+  auto* out = static_cast<int8_t*>(codes.mutable_data_ptr());
+  auto* s = static_cast<float*>(scale.mutable_data_ptr());
+  auto* o = static_cast<float*>(offset.mutable_data_ptr());
+  if (l.block > kLongBlock) find_range(in, l, spec, false, s, o);
+  for_pieces(l, [&](const Piece& p) {
+    const void* values = shift(in, p.start, l.dtype);
+    if (l.block > kLongBlock) {  // a piece of a block, whose range is known
+      affine_kernels().quantize(values, p.layout, shift(BlockParams{s, o}, p.block), spec.grid, out + p.start);
+    } else {
+      affine_kernels().quantize_dynamic(values, p.layout, spec, out + p.start, s + p.block, o + p.block);
+    }
+  });
+  return {codes, scale, offset};
+}
+
 void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                                int64_t storage, Tensor out) {
   const Layout l = layout_of(x, block);
@@ -301,7 +344,7 @@ void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int
 
 Tensor fake_quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                              int64_t storage) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = output_like(x);
   fake_quantize_dynamic_out(x, block, qmin, qmax, rule, storage, y);
   return y;
 }
@@ -311,7 +354,7 @@ Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64
   const Layout l = layout_of(x, block);
   const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
   check_same(grad, x, "grad");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();
   const void* in = x.const_data_ptr();
   void* out = dx.mutable_data_ptr();
@@ -341,6 +384,7 @@ STABLE_TORCH_LIBRARY_IMPL(phiquant, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize));
   m.impl("fake_quantize_out", TORCH_BOX(&fake_quantize_out));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("quantize_dynamic", TORCH_BOX(&quantize_dynamic));
   m.impl("fake_quantize_dynamic", TORCH_BOX(&fake_quantize_dynamic));
   m.impl("fake_quantize_dynamic_out", TORCH_BOX(&fake_quantize_dynamic_out));
   m.impl("fake_quantize_dynamic_backward", TORCH_BOX(&fake_quantize_dynamic_backward));
