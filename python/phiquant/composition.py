@@ -117,6 +117,13 @@ def choose_range(
     return range_from_min_max(lo, hi, qmin, qmax, rule, storage)
 
 
+def quantize_dynamic(
+    x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
+    return quantize(x, scale, offset, rule == MINIMUM, qmin, qmax), scale, offset
+
+
 def fake_quantize_dynamic(x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int) -> Tensor:
     scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
     return fake_quantize(x, scale, offset, rule == MINIMUM, qmin, qmax)
@@ -141,6 +148,7 @@ KERNELS = (
     fake_quantize,
     fake_quantize_out,
     fake_quantize_backward,
+    quantize_dynamic,
     fake_quantize_dynamic,
     fake_quantize_dynamic_out,
     fake_quantize_dynamic_backward,

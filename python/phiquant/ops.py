@@ -107,6 +107,23 @@ def fake_quantize_dynamic(
     return _deliver(direct, axis, out)
 
 
+def quantize_dynamic(
+    x: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(codes, scale, zero_point, minimum): `choose_range` and `quantize` in one pass over memory."""
+    axis = _channel_axis(x.shape, scale_shape)
+    codes, scale, offset = _ops.quantize_dynamic.default(
+        _to_blocks(x.detach(), axis), _block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
+    )
+    return _from_blocks(codes, axis), *_parameters(scale, offset, rule, scale_dtype, scale_shape)
+
+
 def min_max(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each block, float32 `scale_shape`; NaN is passed over."""
     axis = _channel_axis(x.shape, scale_shape)
@@ -248,6 +265,11 @@ def _nothing(*_: Any) -> None:
 def _two_per_block(x: Tensor, block: int, *_: Any) -> tuple[Tensor, Tensor]:
     blocks = x.numel() // block if block else 0
     return x.new_empty(blocks, dtype=torch.float32), x.new_empty(blocks, dtype=torch.float32)
+
+
+@torch.library.register_fake("phiquant::quantize_dynamic")
+def _(x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8), *_two_per_block(x, block)
 
 
 @torch.library.register_fake("phiquant::range_from_min_max")

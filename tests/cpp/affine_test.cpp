@@ -120,6 +120,17 @@ TEST_P(AffineLevels, MapsEqualReference) {
     // One decode: fake-quantize is encode and decode.
     affine_ref.fake_quantize(x.data(), layout, params, s.grid, y.data());
     EXPECT_EQ(y, y_ref) << "decode(encode(x)), " << bits << " bits";
+
+    // One pass finds what two do.
+    std::vector<float> found_scale(kBlocks), found_offset(kBlocks);
+    affine_ref.choose_range(x.data(), layout, s, false, scale.data(), offset.data());
+    affine_ref.quantize(x.data(), layout, params, s.grid, codes_ref.data());
+    for (const AffineKernels* kernels : {&fast(), &affine_ref}) {
+      kernels->quantize_dynamic(x.data(), layout, s, codes.data(), found_scale.data(), found_offset.data());
+      EXPECT_EQ(codes, codes_ref) << "quantize_dynamic, " << bits << " bits";
+      EXPECT_EQ(found_scale, scale) << "quantize_dynamic's scales, " << bits << " bits";
+      EXPECT_EQ(found_offset, offset) << "quantize_dynamic's offsets, " << bits << " bits";
+    }
   }
 }
 

@@ -247,6 +247,8 @@ def _samples() -> list[tuple[str, tuple]]:
         ("fake_quantize", (x, scale, offset, True, 0, 15)),
         ("fake_quantize_out", (plain, scale, None, False, -8, 7, torch.empty(4, 64))),
         ("fake_quantize_backward", (plain, plain, scale, None, False, -8, 7)),
+        ("quantize_dynamic", (plain, *dynamic)),
+        ("quantize_dynamic", (plain, 64, 0, 15, 3, 1)),
         ("fake_quantize_dynamic", (x, *dynamic)),
         ("fake_quantize_dynamic_out", (plain, *dynamic, torch.empty(4, 64))),
         ("fake_quantize_dynamic_backward", (plain, plain, *dynamic)),

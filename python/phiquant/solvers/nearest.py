@@ -16,16 +16,15 @@ from ..tensor import QuantizedTensor
 
 def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """Each value gets the nearest code on the grid of its block's min-max range."""
-    return _nearest(w, spec, mse=False)
+    codes, scale, zero_point, minimum = ops.quantize_dynamic(
+        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec)
+    )
+    return QuantizedTensor(codes.contiguous(), scale, zero_point, minimum, spec)
 
 
 def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """As `rtn`, on the shrunken range that minimises the block's squared error; never worse in that error."""
-    return _nearest(w, spec, mse=True)
-
-
-def _nearest(w: Tensor, spec: QuantSpec, *, mse: bool) -> QuantizedTensor:
     scale, zero_point, minimum = ops.choose_range(
-        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec), mse=mse
+        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec), mse=True
     )
     return encode(w, spec, scale, zero_point, minimum)
