@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -103,19 +103,25 @@ def stream_once(folder: Path, out: Path, target: str, threads: int) -> dict[str,
 
 
 def race(rounds: int) -> dict[str, Any]:
-    """Quantize and pack 3072 x 8192 fp32 to Q4_0, ours and gguf-py's, interleaved, one thread. Seconds."""
+    """Quantize and pack 3072 x 8192 fp32 to Q4_0, ours and gguf-py's, interleaved, one thread."""
     import gguf
     from phiquant import TARGETS, quantize_tensor
     from phiquant.formats.gguf_container import Q4_0
     from phiquant.formats.gguf_pack import pack
+    from phiquant.formats.source import Entry, row_slices
 
     torch.set_num_threads(1)
     w = torch.empty(3072, 8192).normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
     spec = TARGETS["gguf:Q4_0"].spec
     assert spec is not None
-    ours: Callable[[], Any] = lambda: pack("w", quantize_tensor(w, spec), Q4_0)  # noqa: E731
+    slices = list(row_slices(Entry("w", tuple(w.shape), spec)))  # the pieces that a writer asks for
+
+    def pieces() -> Iterator[np.ndarray]:
+        return (pack("w", quantize_tensor(w[rows], spec), Q4_0) for rows in slices)
+
+    ours: Callable[[], Any] = lambda: sum(len(piece) for piece in pieces())  # noqa: E731
     theirs: Callable[[], Any] = lambda: gguf.quants.quantize(w.numpy(), gguf.GGMLQuantizationType.Q4_0)  # noqa: E731
-    same = np.asarray(ours()).reshape(-1, 18) == np.asarray(theirs()).reshape(-1, 18)
+    same = np.concatenate(list(pieces())).reshape(-1, 18) == np.asarray(theirs()).reshape(-1, 18)
     times: dict[str, list[float]] = {"ours": [], "gguf-py": []}
     for _ in range(rounds):
         for name, run in (("ours", ours), ("gguf-py", theirs)):
