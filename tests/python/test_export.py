@@ -210,21 +210,32 @@ def test_a_qat_model_ships_the_codes_it_trained_with(tiny_model: Any, tokenizer:
     assert torch.equal(torch.from_numpy(stored.values().copy()), trained)
 
 
-@pytest.mark.parametrize("format_name", TARGETS, indirect=True)
-def test_the_runtime_computes_what_we_do(exported: Path, tiny_model: Any, format_name: str, short_text: str) -> None:
-    report = pq.verify(exported, run=True, text=short_text, windows=1)
-    assert report.ok
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_runtime_computes_what_we_do(
+    phi3_tiny: tuple[Any, Any], tmp_path: Path, name: str, short_text: str
+) -> None:
+    model, tokenizer = phi3_tiny
+    pq.quantize(model, TARGETS[name])
+    pq.export(model, tokenizer, tmp_path, format=name)
+    report = pq.verify(tmp_path, run=True, text=short_text, windows=1)
+    assert report.ok, report
     assert report.runtime is not None
-    assert report.runtime.relative_error <= (1e-6 if format_name == "safetensors" else 2e-2)
+    assert report.runtime.relative_error <= (1e-6 if name == "safetensors" else 2e-2)
     assert report.runtime.tokens > 100
-    if format_name == "safetensors":
-        from phiquant.runtimes import transformers
+    assert f"{report.runtime.name}: relative error" in str(report)
 
-        ids = list(range(5, 25))
-        (ours,) = transformers.logits(exported, [ids])
-        with torch.no_grad():
-            expected = tiny_model(torch.tensor([ids])).logits[0]
-        assert (torch.from_numpy(ours) - expected).norm() <= 1e-6 * expected.norm()
-        text = transformers.generate(exported, ids, max_new_tokens=4)
-        assert text.prompt_tokens == ids
-        assert len(text.tokens) <= 4
+
+def test_plain_transformers_runs_the_folder_without_phiquant(phi3_tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    from phiquant.runtimes import transformers
+
+    model, tokenizer = phi3_tiny
+    pq.quantize(model, "safetensors:int8-channel")
+    pq.export(model, tokenizer, tmp_path, format="safetensors")
+    ids = tokenizer("def main():")["input_ids"]
+    made = transformers.generate(tmp_path, ids, max_new_tokens=4)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert made.prompt_tokens == ids
+    assert made.tokens == expected.tolist()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PhiquantError, match=r"transformers failed on .* It said:"):
+        transformers.logits(tmp_path, [ids])
