@@ -90,10 +90,12 @@ def pack(name: str, piece: QuantizedTensor, kind: GGMLType) -> np.ndarray:
 
 def _per_block(name: str, values: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """Float16 parameters [N or 1, groups] of `shape` [N, K] as bits, one per block: uint16 [N * K/32]."""
-    if not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(values.sum(dtype=torch.float32))):  # float16: the sum cannot overflow
         raise PhiquantError(f"{name}: a scale or minimum is not finite; quantize this tensor again")
     rows, columns = shape
-    repeated = values.expand(rows, -1).repeat_interleave(columns // BLOCK // values.shape[1], dim=1)
+    repeats = columns // BLOCK // values.shape[1]
+    repeated = values if repeats == 1 else values.repeat_interleave(repeats, dim=1)
+    repeated = repeated.expand(rows, -1)
     return repeated.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)
 
 

@@ -15,8 +15,8 @@ from ..tensor import QuantizedTensor
 
 Progress = Callable[[str, int, int], None]  # (name of the tensor, bytes written, bytes in all)
 
-# Of the float tensor. Pieces this small stay in the cache between the passes over them, and the allocator
-# gives the same warm pages to each: 1.6 times the speed of 32 MiB.
+# Of the float tensor: small enough for the cache, large enough that calls cost nothing. Against 32 MiB the
+# peak of benchmarks/stream.py falls from 355 to 270 MiB, of which the imports are 222.
 CHUNK_BYTES = 4 << 20
 
 
