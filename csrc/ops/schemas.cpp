@@ -16,8 +16,7 @@ STABLE_TORCH_LIBRARY(phiquant, m) {
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor? offset, bool minimum, int qmin, int qmax) "
       "-> Tensor");
-  m.def(
-      "quantize_dynamic(Tensor x, int block, int qmin, int qmax, int rule, int storage) -> (Tensor, Tensor, Tensor)");
+  m.def("quantize_dynamic(Tensor x, int block, int qmin, int qmax, int rule, int storage) -> (Tensor, Tensor, Tensor)");
   m.def("fake_quantize_dynamic(Tensor x, int block, int qmin, int qmax, int rule, int storage) -> Tensor");
   m.def(
       "fake_quantize_dynamic_out(Tensor x, int block, int qmin, int qmax, int rule, int storage, Tensor(a!) out) "

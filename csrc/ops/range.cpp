@@ -1,0 +1,174 @@
+// The ops that find ranges, alone or on the way to codes and fake-quantized values.
+#include <tuple>
+#include <vector>
+
+#include "core/affine.h"
+#include "ops/blocks.h"
+
+namespace phiquant {
+namespace {
+
+// lo, hi of every block; a long block is reduced piece by piece.
+void find_min_max(const void* x, Layout l, float* lo, float* hi) {
+  if (l.block <= kLongBlock) {
+    for_pieces(l, [&](const Piece& p) {
+      affine_kernels().min_max(shift(x, p.start, l.dtype), p.layout, lo + p.block, hi + p.block);
+    });
+    return;
+  }
+  const int64_t pieces = (l.block + kGrain - 1) / kGrain;
+  std::vector<float> lows(static_cast<size_t>(l.blocks * pieces));
+  std::vector<float> highs(lows.size());
+  for_pieces(l, [&](const Piece& p) {
+    const auto i = static_cast<size_t>(p.block * pieces + (p.start - p.block * l.block) / kGrain);
+    affine_kernels().min_max(shift(x, p.start, l.dtype), p.layout, &lows[i], &highs[i]);
+  });
+  const Layout partial{Dtype::f32, l.blocks, pieces};
+  std::vector<float> unused(static_cast<size_t>(l.blocks));
+  affine_kernels().min_max(lows.data(), partial, lo, unused.data());
+  affine_kernels().min_max(highs.data(), partial, unused.data(), hi);
+}
+
+std::tuple<Tensor, Tensor> min_max(const Tensor& x, int64_t block) {
+  const Layout l = layout_of(x, block);
+  Tensor lo = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  Tensor hi = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  find_min_max(x.const_data_ptr(), l, static_cast<float*>(lo.mutable_data_ptr()),
+               static_cast<float*>(hi.mutable_data_ptr()));
+  return {lo, hi};
+}
+
+std::tuple<Tensor, Tensor> range_from_min_max(const Tensor& lo, const Tensor& hi, int64_t qmin, int64_t qmax,
+                                              int64_t rule, int64_t storage) {
+  check_float32(lo, "lo");
+  check_float32(hi, "hi");
+  check(lo.numel() == hi.numel(), "lo and hi must have the same number of values");
+  Tensor scale = torch::stable::empty_like(lo);
+  Tensor offset = torch::stable::empty_like(lo);
+  params_from_ranges(static_cast<const float*>(lo.const_data_ptr()), static_cast<const float*>(hi.const_data_ptr()),
+                     lo.numel(), range_spec_of(qmin, qmax, rule, storage),
+                     static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(offset.mutable_data_ptr()));
+  return {scale, offset};
+}
+
+void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
+  if (mse) {  // a search reads its block many times: whole blocks to threads, however long
+    torch::stable::parallel_for(0, l.blocks, std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, l.block)),
+                                [&](int64_t begin, int64_t end) {
+                                  affine_kernels().choose_range(shift(x, begin * l.block, l.dtype),
+                                                                {l.dtype, end - begin, l.block}, spec, true,
+                                                                scale + begin, offset + begin);
+                                });
+    return;
+  }
+  std::vector<float> lo(static_cast<size_t>(l.blocks));
+  std::vector<float> hi(lo.size());
+  find_min_max(x, l, lo.data(), hi.data());
+  params_from_ranges(lo.data(), hi.data(), l.blocks, spec, scale, offset);
+}
+
+std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
+                                        int64_t storage, bool mse) {
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  find_range(x.const_data_ptr(), l, spec, mse, static_cast<float*>(scale.mutable_data_ptr()),
+             static_cast<float*>(offset.mutable_data_ptr()));
+  return {scale, offset};
+}
+
+// codes, scale, offset: the range of each block and the codes on it, in one pass over memory.
+std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
+                                                    int64_t rule, int64_t storage) {
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  Tensor codes = codes_like(x, qmin);
+  Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  const void* in = x.const_data_ptr();
+  auto* out = static_cast<int8_t*>(codes.mutable_data_ptr());
+  auto* s = static_cast<float*>(scale.mutable_data_ptr());
+  auto* o = static_cast<float*>(offset.mutable_data_ptr());
+  if (l.block > kLongBlock) find_range(in, l, spec, false, s, o);
+  for_pieces(l, [&](const Piece& p) {
+    const void* values = shift(in, p.start, l.dtype);
+    if (l.block > kLongBlock) {  // a piece of a block, whose range is known
+      affine_kernels().quantize(values, p.layout, shift(BlockParams{s, o}, p.block), spec.grid, out + p.start);
+    } else {
+      affine_kernels().quantize_dynamic(values, p.layout, spec, out + p.start, s + p.block, o + p.block);
+    }
+  });
+  return {codes, scale, offset};
+}
+
+void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
+                               int64_t storage, Tensor out) {
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  check_same(out, x, "out");
+  const void* in = x.const_data_ptr();
+  void* y = out.mutable_data_ptr();
+  if (l.block <= kLongBlock) {
+    for_pieces(l, [&](const Piece& p) {
+      affine_kernels().fake_quantize_dynamic(shift(in, p.start, l.dtype), p.layout, spec, shift(y, p.start, l.dtype));
+    });
+    return;
+  }
+  std::vector<float> scale(static_cast<size_t>(l.blocks));
+  std::vector<float> offset(scale.size());
+  find_range(in, l, spec, false, scale.data(), offset.data());
+  for_pieces(l, [&](const Piece& p) {
+    affine_kernels().fake_quantize(shift(in, p.start, l.dtype), p.layout,
+                                   shift(BlockParams{scale.data(), offset.data()}, p.block), spec.grid,
+                                   shift(y, p.start, l.dtype));
+  });
+}
+
+Tensor fake_quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
+                             int64_t storage) {
+  Tensor y = output_like(x);
+  fake_quantize_dynamic_out(x, block, qmin, qmax, rule, storage, y);
+  return y;
+}
+
+Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
+                                      int64_t rule, int64_t storage) {
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  check_same(grad, x, "grad");
+  Tensor dx = output_like(x);
+  const void* g = grad.const_data_ptr();
+  const void* in = x.const_data_ptr();
+  void* out = dx.mutable_data_ptr();
+  if (l.block <= kLongBlock) {
+    for_pieces(l, [&](const Piece& p) {
+      affine_kernels().fake_quantize_dynamic_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype), p.layout,
+                                                      spec, shift(out, p.start, l.dtype));
+    });
+    return dx;
+  }
+  std::vector<float> scale(static_cast<size_t>(l.blocks));
+  std::vector<float> offset(scale.size());
+  find_range(in, l, spec, false, scale.data(), offset.data());
+  for_pieces(l, [&](const Piece& p) {
+    affine_kernels().fake_quantize_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype), p.layout,
+                                            shift(BlockParams{scale.data(), offset.data()}, p.block), spec.grid,
+                                            shift(out, p.start, l.dtype));
+  });
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(phiquant, CPU, m) {
+  m.impl("quantize_dynamic", TORCH_BOX(&quantize_dynamic));
+  m.impl("fake_quantize_dynamic", TORCH_BOX(&fake_quantize_dynamic));
+  m.impl("fake_quantize_dynamic_out", TORCH_BOX(&fake_quantize_dynamic_out));
+  m.impl("fake_quantize_dynamic_backward", TORCH_BOX(&fake_quantize_dynamic_backward));
+  m.impl("min_max", TORCH_BOX(&min_max));
+  m.impl("choose_range", TORCH_BOX(&choose_range));
+  m.impl("range_from_min_max", TORCH_BOX(&range_from_min_max));
+}
+
+}  // namespace phiquant
