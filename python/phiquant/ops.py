@@ -75,12 +75,7 @@ def fake_quantize(
     """
     axis = _channel_axis(x.shape, scale.shape)
     arguments = (_flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
-    if out is None:
-        return _from_blocks(_ops.fake_quantize.default(_to_blocks(x, axis), *arguments), axis)
-    _check_out(x, out)
-    direct = out if axis is None and out.is_contiguous() else torch.empty_like(_to_blocks(x, axis))
-    _ops.fake_quantize_out.default(_to_blocks(x, axis), *arguments, direct)
-    return _deliver(direct, axis, out)
+    return _apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out)
 
 
 def fake_quantize_dynamic(
@@ -99,12 +94,7 @@ def fake_quantize_dynamic(
     """
     axis = _channel_axis(x.shape, scale_shape)
     arguments = (_block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
-    if out is None:
-        return _from_blocks(_ops.fake_quantize_dynamic.default(_to_blocks(x, axis), *arguments), axis)
-    _check_out(x, out)
-    direct = out if axis is None and out.is_contiguous() else torch.empty_like(_to_blocks(x, axis))
-    _ops.fake_quantize_dynamic_out.default(_to_blocks(x, axis), *arguments, direct)
-    return _deliver(direct, axis, out)
+    return _apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out)
 
 
 def quantize_dynamic(
@@ -218,6 +208,17 @@ def _flat_or_none(zero_point: Tensor | None, minimum: Tensor | None) -> Tensor |
         raise ValueError("give a zero_point or a minimum, not both")
     offset = zero_point if minimum is None else minimum
     return None if offset is None else _flat(offset)
+
+
+def _apply(op: Any, op_out: Any, x: Tensor, axis: int | None, arguments: tuple, out: Tensor | None) -> Tensor:
+    """`op`, or with `out` its form that writes there, on x as blocks."""
+    blocks = _to_blocks(x, axis)
+    if out is None:
+        return _from_blocks(op.default(blocks, *arguments), axis)
+    _check_out(x, out)
+    direct = out if axis is None and out.is_contiguous() else torch.empty_like(blocks)
+    op_out.default(blocks, *arguments, direct)
+    return _deliver(direct, axis, out)
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:
