@@ -72,7 +72,7 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(length)
         row_bytes = stored.nbytes // length if length else 0
         result = torch.empty((stop - start, *stored.shape[1:]), dtype=getattr(torch, self.dtype(name)))
-        buffer = memoryview(result.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        buffer = result.reshape(-1).view(torch.uint8).numpy().data
         with open(stored.file, "rb", buffering=0) as file:
             file.seek(stored.offset + start * row_bytes)
             done = 0

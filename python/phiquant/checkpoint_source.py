@@ -74,7 +74,8 @@ def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
         None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
         for part in ("codes", "scales", "zero_points", "minimums")
     )
-    assert codes is not None and scales is not None
+    assert codes is not None
+    assert scales is not None
     return QuantizedTensor(codes, scales, zero_points, minimums, spec)
 
 

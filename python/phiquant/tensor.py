@@ -73,4 +73,4 @@ class QuantizedTensor:
 
 
 def _raw(t: torch.Tensor) -> memoryview:
-    return memoryview(t.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    return t.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data

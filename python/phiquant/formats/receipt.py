@@ -63,7 +63,7 @@ class TensorDigest:
 
 def raw(t: torch.Tensor) -> memoryview:
     """The bytes of a tensor, row-major, little endian on every machine that torch supports."""
-    return memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_record(

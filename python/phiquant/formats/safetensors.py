@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import _C
+from .._extension import load
 from ..errors import PhiquantError
 from ..models import phi
 from ..tensor import QuantizedTensor
@@ -26,6 +26,7 @@ from .partial import PartialFile, write_atomically
 from .safetensors_layout import PLAIN, check, config, header, parts, scheme, shards
 from .source import Entry, Progress, Source, row_slices
 
+_C = load()
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
 COMPANIONS = (
