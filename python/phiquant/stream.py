@@ -27,8 +27,9 @@ class Plan:
     """What quantizing a checkpoint takes.
 
     files: exact bytes of every file (the receipt, some kB, excepted). peak_memory: estimate in bytes, of the
-    whole process. seconds: estimate on this machine and this number of threads, from a timed sample;
-    a disk slower than that adds to it. bits_per_weight: of the whole model as stored.
+    whole process. seconds: estimate for reading, quantizing and packing on this machine and this number
+    of threads, from a timed sample; writing to the disk and reading back take one to two times as long again.
+    bits_per_weight: of the whole model as stored.
     """
 
     target: str
