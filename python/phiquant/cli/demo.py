@@ -77,7 +77,7 @@ CASES = (
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("phiquant-demo"),
     seconds: Annotated[float, typer.Option(min=1, help="Training time of each QAT model.")] = 70,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 held-out tokens to evaluate on.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 held-out tokens to evaluate on.")] = 24,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
