@@ -8,15 +8,28 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
+  using Mask = __mmask16;
   static constexpr int64_t width = 16;
 
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  static F select(Mask m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
+  static F round_f16(F v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F round_bf16(F v) {
+    bf16 bits[width];
+    store(bits, v);
+    return load(bits);
+  }
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const bf16* p) {

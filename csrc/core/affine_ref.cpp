@@ -14,6 +14,9 @@ struct Store {
   static float round_bf16(float v) { return to_float(from_float<bf16>(v)); }
 };
 
+// qmin where v is NaN, as the vector instructions have it.
+inline float clamp(float v, float lo, float hi) { return Range<Lane<Store>>::clamp(v, lo, hi); }
+
 // The value on the grid's scale, rounded but not clamped: what the mask looks at.
 inline float unclamped(float x, Params p, float inv, Offset offset) {
   return offset == Offset::minimum ? std::nearbyint((x - p.offset) * inv) : std::nearbyint(x * inv) + p.offset;
@@ -27,7 +30,7 @@ inline Params at(BlockParams params, int64_t b) { return {params.scale[b], param
 
 template <class T>
 void quantize_block(const T* x, int64_t n, Params p, Grid grid, int8_t* codes) {
-  const float inv = inverse(p.scale);
+  const float inv = inverse<Store>(p.scale);
   for (int64_t i = 0; i < n; ++i) {
     const float q = clamp(unclamped(to_float(x[i]), p, inv, grid.offset), grid.qmin, grid.qmax);
     codes[i] = static_cast<int8_t>(static_cast<int>(q));
@@ -36,7 +39,7 @@ void quantize_block(const T* x, int64_t n, Params p, Grid grid, int8_t* codes) {
 
 template <class T>
 void fake_quantize_block(const T* x, int64_t n, Params p, Grid grid, T* y) {
-  const float inv = inverse(p.scale);
+  const float inv = inverse<Store>(p.scale);
   for (int64_t i = 0; i < n; ++i) {
     const float q = clamp(unclamped(to_float(x[i]), p, inv, grid.offset), grid.qmin, grid.qmax);
     y[i] = from_float<T>(decode(q, p, grid.offset));
@@ -45,7 +48,7 @@ void fake_quantize_block(const T* x, int64_t n, Params p, Grid grid, T* y) {
 
 template <class T>
 void backward_block(const T* grad, const T* x, int64_t n, Params p, Grid grid, T* dx) {
-  const float inv = inverse(p.scale);
+  const float inv = inverse<Store>(p.scale);
   for (int64_t i = 0; i < n; ++i) {
     const float v = unclamped(to_float(x[i]), p, inv, grid.offset);
     dx[i] = v >= grid.qmin && v <= grid.qmax ? grad[i] : from_float<T>(0.0f);
@@ -67,7 +70,7 @@ void min_max_block(const T* x, int64_t n, float& lo, float& hi) {
 // the same range: value i goes to lane i % 16; lanes are added as a tree every 4096 values, in fp64.
 template <class T>
 double squared_error(const T* x, int64_t n, Params p, Grid grid) {
-  const float inv = inverse(p.scale);
+  const float inv = inverse<Store>(p.scale);
   double total = 0.0;
   for (int64_t start = 0; start < n; start += 4096) {
     const int64_t end = start + 4096 < n ? start + 4096 : n;

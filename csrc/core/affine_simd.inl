@@ -1,9 +1,8 @@
 // The kernels of affine_ref.cpp over vectors of V::width floats; included once by each vector level.
 //
-// V gives: F (a vector), width, set1, add, sub, mul, max, min (second operand where NaN), round,
-// loads and stores of float, bf16, f16 and of codes, in_range selection, horizontal min and max,
-// and Store (rounding of one float to 16 bits). Everything sits in an anonymous namespace, so that
-// no function compiled here can stand in for another level's.
+// V gives what range.inl asks of lanes, and: width, loads and stores of float, bf16, f16 and of codes,
+// selection in a range, horizontal min and max, and Store (rounding of one float). Everything sits in an anonymous
+// namespace, so that no function compiled here can stand in for another level's.
 
 #include <cstring>
 #include <limits>
@@ -22,12 +21,9 @@ struct Affine {
   // One block's parameters, spread over a vector.
   struct Spread {
     F scale, inv, offset, qmin, qmax;
-    Spread(Params p, Grid g)
-        : scale(V::set1(p.scale)),
-          inv(V::set1(inverse(p.scale))),
-          offset(V::set1(p.offset)),
-          qmin(V::set1(g.qmin)),
-          qmax(V::set1(g.qmax)) {}
+    Spread(float s, float inverse, float o, Grid g)
+        : scale(V::set1(s)), inv(V::set1(inverse)), offset(V::set1(o)), qmin(V::set1(g.qmin)), qmax(V::set1(g.qmax)) {}
+    Spread(Params p, Grid g) : Spread(p.scale, inverse<typename V::Store>(p.scale), p.offset, g) {}
   };
 
   template <Offset kOffset>
@@ -60,8 +56,7 @@ struct Affine {
   }
 
   template <Offset kOffset, class T>
-  static void quantize_block(const T* x, int64_t n, Params p, Grid grid, int8_t* codes) {
-    const Spread s(p, grid);
+  static void quantize_block(const T* x, int64_t n, const Spread& s, int8_t* codes) {
     int64_t i = 0;
     for (; i + W <= n; i += W) V::store_codes(codes + i, code<kOffset>(V::load(x + i), s));
     if (i < n) {
@@ -84,16 +79,14 @@ struct Affine {
   }
 
   template <Offset kOffset, class T>
-  static void fake_quantize_block(const T* x, int64_t n, Params p, Grid grid, T* y) {
-    const Spread s(p, grid);
+  static void fake_quantize_block(const T* x, int64_t n, const Spread& s, T* y) {
     int64_t i = 0;
     for (; i + W <= n; i += W) V::store(y + i, decode<kOffset>(code<kOffset>(V::load(x + i), s), s));
     if (i < n) store_part(y + i, decode<kOffset>(code<kOffset>(load_part(x + i, n - i), s), s), n - i);
   }
 
   template <Offset kOffset, class T>
-  static void backward_block(const T* grad, const T* x, int64_t n, Params p, Grid grid, T* dx) {
-    const Spread s(p, grid);
+  static void backward_block(const T* grad, const T* x, int64_t n, const Spread& s, T* dx) {
     auto masked = [&](F xv, F g) { return V::select_in_range(unclamped<kOffset>(xv, s), s.qmin, s.qmax, g); };
     int64_t i = 0;
     for (; i + W <= n; i += W) V::store(dx + i, masked(V::load(x + i), V::load(grad + i)));
@@ -102,26 +95,28 @@ struct Affine {
 
   template <class T>
   static void min_max_block(const T* x, int64_t n, float& lo, float& hi) {
-    // Four accumulators hide the latency of min and max on long blocks.
-    const F top = V::set1(std::numeric_limits<float>::infinity());
-    const F bottom = V::set1(-std::numeric_limits<float>::infinity());
-    F lows[4] = {top, top, top, top};
-    F highs[4] = {bottom, bottom, bottom, bottom};
+    F low = V::set1(std::numeric_limits<float>::infinity());
+    F high = V::set1(-std::numeric_limits<float>::infinity());
     int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
-      for (int64_t k = 0; k < 4; ++k) {
-        const F v = V::load(x + i + k * W);
-        lows[k] = V::min(v, lows[k]);
-        highs[k] = V::max(v, highs[k]);
+    if (n >= 8 * W) {  // a long block: four accumulators hide the latency of min and max
+      F lows[4] = {low, low, low, low};
+      F highs[4] = {high, high, high, high};
+      for (; i + 4 * W <= n; i += 4 * W) {
+        for (int64_t k = 0; k < 4; ++k) {
+          const F v = V::load(x + i + k * W);
+          lows[k] = V::min(v, lows[k]);
+          highs[k] = V::max(v, highs[k]);
+        }
       }
+      low = V::min(V::min(lows[0], lows[1]), V::min(lows[2], lows[3]));
+      high = V::max(V::max(highs[0], highs[1]), V::max(highs[2], highs[3]));
     }
     for (; i < n; i += W) {
       const F v = i + W <= n ? V::load(x + i) : load_part(x + i, n - i);
-      lows[0] = V::min(v, lows[0]);
-      highs[0] = V::max(v, highs[0]);
+      low = V::min(v, low);
+      high = V::max(v, high);
     }
-    V::horizontal(V::min(V::min(lows[0], lows[1]), V::min(lows[2], lows[3])),
-                  V::max(V::max(highs[0], highs[1]), V::max(highs[2], highs[3])), lo, hi);
+    V::horizontal(low, high, lo, hi);
   }
 
   // Lanes and order of affine_ref.cpp's squared_error.
@@ -158,13 +153,33 @@ struct Affine {
   }
 
   template <Offset kOffset, class T>
-  static Params choose_block(const T* x, int64_t n, const RangeSpec& spec, bool mse) {
+  static Params search_block(const T* x, int64_t n, const RangeSpec& spec) {
     float lo;
     float hi;
     min_max_block(x, n, lo, hi);
-    if (!mse) return params_from_range<typename V::Store>(lo, hi, spec);
     return search_range<typename V::Store>(lo, hi, spec,
                                            [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
+  }
+
+  // Finds the ranges of some blocks, then their parameters, a block in each lane, then calls
+  // use(block, scale, inverse, offset) for each while its values are still in cache.
+  template <class T, class Use>
+  static void with_ranges(const T* x, Layout l, const RangeSpec& spec, Use use) {
+    const int64_t batch = l.block * W <= 4096 ? W : l.block <= 2048 ? 4096 / l.block : 1;
+    for (int64_t first = 0; first < l.blocks; first += batch) {
+      const int64_t count = l.blocks - first < batch ? l.blocks - first : batch;
+      float lo[W] = {};
+      float hi[W] = {};
+      for (int64_t j = 0; j < count; ++j) min_max_block(x + (first + j) * l.block, l.block, lo[j], hi[j]);
+      const Found<V> found = Range<V>::parameters(V::load(lo), V::load(hi), spec);
+      float scale[W];
+      float inv[W];
+      float offset[W];
+      V::store(scale, found.scale);
+      V::store(inv, Range<V>::inverse(found.scale));
+      V::store(offset, found.offset);
+      for (int64_t j = 0; j < count; ++j) use(first + j, scale[j], inv[j], offset[j]);
+    }
   }
 
   static Params at(BlockParams params, int64_t b) { return {params.scale[b], params.offset ? params.offset[b] : 0.0f}; }
@@ -190,7 +205,7 @@ struct Affine {
     with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
       for (int64_t b = 0; b < l.blocks; ++b) {
-        quantize_block<kOffset>(in + b * l.block, l.block, at(params, b), grid, codes + b * l.block);
+        quantize_block<kOffset>(in + b * l.block, l.block, {at(params, b), grid}, codes + b * l.block);
       }
     });
   }
@@ -209,7 +224,7 @@ struct Affine {
       const auto* in = static_cast<const decltype(t)*>(x);
       auto* out = static_cast<decltype(t)*>(y);
       for (int64_t b = 0; b < l.blocks; ++b) {
-        fake_quantize_block<kOffset>(in + b * l.block, l.block, at(params, b), grid, out + b * l.block);
+        fake_quantize_block<kOffset>(in + b * l.block, l.block, {at(params, b), grid}, out + b * l.block);
       }
     });
   }
@@ -221,44 +236,41 @@ struct Affine {
       for (int64_t b = 0; b < l.blocks; ++b) {
         const int64_t at0 = b * l.block;
         backward_block<kOffset>(static_cast<const T*>(grad) + at0, static_cast<const T*>(x) + at0, l.block,
-                                at(params, b), grid, static_cast<T*>(dx) + at0);
+                                {at(params, b), grid}, static_cast<T*>(dx) + at0);
       }
     });
   }
 
   static void quantize_dynamic(const void* x, Layout l, RangeSpec spec, int8_t* codes, float* scale, float* offset) {
     with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        const auto* in = static_cast<const decltype(t)*>(x) + b * l.block;
-        const Params p = choose_block<kOffset>(in, l.block, spec, false);
-        scale[b] = p.scale;
-        offset[b] = p.offset;
-        quantize_block<kOffset>(in, l.block, p, spec.grid, codes + b * l.block);
-      }
+      const auto* in = static_cast<const decltype(t)*>(x);
+      with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
+        quantize_block<kOffset>(in + b * l.block, l.block, {s, inv, o, spec.grid}, codes + b * l.block);
+        scale[b] = s;
+        offset[b] = o;
+      });
     });
   }
 
   static void fake_quantize_dynamic(const void* x, Layout l, RangeSpec spec, void* y) {
     with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
-      using T = decltype(t);
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        const T* in = static_cast<const T*>(x) + b * l.block;
-        const Params p = choose_block<kOffset>(in, l.block, spec, false);
-        fake_quantize_block<kOffset>(in, l.block, p, spec.grid, static_cast<T*>(y) + b * l.block);
-      }
+      const auto* in = static_cast<const decltype(t)*>(x);
+      auto* out = static_cast<decltype(t)*>(y);
+      with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
+        fake_quantize_block<kOffset>(in + b * l.block, l.block, {s, inv, o, spec.grid}, out + b * l.block);
+      });
     });
   }
 
   static void fake_quantize_dynamic_backward(const void* grad, const void* x, Layout l, RangeSpec spec, void* dx) {
     with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
       using T = decltype(t);
-      for (int64_t b = 0; b < l.blocks; ++b) {
+      const T* in = static_cast<const T*>(x);
+      with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
         const int64_t at0 = b * l.block;
-        const T* in = static_cast<const T*>(x) + at0;
-        const Params p = choose_block<kOffset>(in, l.block, spec, false);
-        backward_block<kOffset>(static_cast<const T*>(grad) + at0, in, l.block, p, spec.grid,
+        backward_block<kOffset>(static_cast<const T*>(grad) + at0, in + at0, l.block, {s, inv, o, spec.grid},
                                 static_cast<T*>(dx) + at0);
-      }
+      });
     });
   }
 
@@ -272,8 +284,14 @@ struct Affine {
   static void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
     with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
+      if (!mse) {
+        return with_ranges(in, l, spec, [&](int64_t b, float s, float, float o) {
+          scale[b] = s;
+          offset[b] = o;
+        });
+      }
       for (int64_t b = 0; b < l.blocks; ++b) {
-        const Params p = choose_block<kOffset>(in + b * l.block, l.block, spec, mse);
+        const Params p = search_block<kOffset>(in + b * l.block, l.block, spec);
         scale[b] = p.scale;
         offset[b] = p.offset;
       }

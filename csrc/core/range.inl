@@ -1,7 +1,11 @@
 // From the range of a block to its stored parameters: the one rule, compiled into every CPU level.
 //
+// Written over lanes V: one float (Lane below), or a vector of them, a block in each lane. V gives F, Mask
+// and set1, add, sub, mul, div, max, min, abs, round, less, less_equal, select, round_f16, round_bf16; max
+// and min give the second operand where one is NaN, as the CPU's do.
+//
 // In an anonymous namespace on purpose: each level compiles its own copy with its own flags, and the
-// linker cannot put one level's copy in another's place. `Store` rounds a float to fp16 or bf16.
+// linker cannot put one level's copy in another's place.
 
 #include <cfloat>
 #include <cmath>
@@ -11,52 +15,100 @@
 namespace phiquant {
 namespace {
 
-// 1 / s; 0 for a scale that is zero or so small that its reciprocal overflows, so that every value
-// of such a block gets the code of zero.
-inline float inverse(float scale) { return std::fabs(scale) < FLT_MIN ? 0.0f : 1.0f / scale; }
-
-// Selects as the vector instructions do: the bound where v is NaN.
-inline float clamp(float v, float lo, float hi) {
-  v = v > lo ? v : lo;
-  return v < hi ? v : hi;
-}
-
-// The value as it will stand in the file: rounded to its type, kept finite; an fp32 or bf16
-// subnormal becomes zero, and zero is +0 (else its sign would depend on the order of a reduction).
+// One block at a time. Store rounds a float to fp16 or bf16.
 template <class Store>
-inline float stored(float v, Dtype type) {
-  const float largest = type == Dtype::f16 ? 65504.0f : type == Dtype::bf16 ? 0x1.fep127f : FLT_MAX;
-  v = clamp(v, -largest, largest);
-  if (type == Dtype::f16) v = Store::round_f16(v);
-  if (type == Dtype::bf16) v = Store::round_bf16(v);
-  const float smallest = type == Dtype::f16 ? 0x1p-24f : FLT_MIN;
-  return std::fabs(v) < smallest ? 0.0f : v;
+struct Lane {
+  using F = float;
+  using Mask = bool;
+  static F set1(float v) { return v; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F abs(F a) { return std::fabs(a); }
+  static F round(F a) { return std::nearbyint(a); }
+  static Mask less(F a, F b) { return a < b; }
+  static Mask less_equal(F a, F b) { return a <= b; }
+  static F select(Mask m, F a, F b) { return m ? a : b; }
+  static F round_f16(F a) { return Store::round_f16(a); }
+  static F round_bf16(F a) { return Store::round_bf16(a); }
+};
+
+// Scale and offset of one block, or of a vector of blocks.
+template <class V>
+struct Found {
+  typename V::F scale;
+  typename V::F offset;
+};
+
+template <class V>
+struct Range {
+  using F = typename V::F;
+
+  // 1 / s; 0 for a scale that is zero or so small that its reciprocal overflows, so that every value
+  // of such a block gets the code of zero.
+  static F inverse(F scale) {
+    return V::select(V::less(V::abs(scale), V::set1(FLT_MIN)), V::set1(0.0f), V::div(V::set1(1.0f), scale));
+  }
+
+  // Into [lo, hi]; lo where v is NaN.
+  static F clamp(F v, float lo, float hi) { return V::min(V::max(v, V::set1(lo)), V::set1(hi)); }
+
+  // The value as it will stand in the file: rounded to its type, kept finite; an fp32 or bf16
+  // subnormal becomes zero, and zero is +0 (else its sign would depend on the order of a reduction).
+  static F stored(F v, Dtype type) {
+    const float largest = type == Dtype::f16 ? 65504.0f : type == Dtype::bf16 ? 0x1.fep127f : FLT_MAX;
+    const float smallest = type == Dtype::f16 ? 0x1p-24f : FLT_MIN;
+    v = clamp(v, -largest, largest);
+    if (type == Dtype::f16) v = V::round_f16(v);
+    if (type == Dtype::bf16) v = V::round_bf16(v);
+    return V::select(V::less(V::abs(v), V::set1(smallest)), V::set1(0.0f), v);
+  }
+
+  // lo, hi: smallest and largest value of the block, NaN left out; lo > hi if there was no value.
+  static Found<V> parameters(F lo, F hi, const RangeSpec& spec) {
+    const F zero = V::set1(0.0f);
+    const Grid& grid = spec.grid;
+    const F steps = V::set1(grid.qmax - grid.qmin);
+    const F depth = V::sub(zero, lo);
+    Found<V> found{zero, zero};
+    switch (spec.rule) {
+      case Rule::absmax:
+        found.scale = stored(V::div(V::max(depth, hi), V::set1(grid.qmax)), spec.storage);
+        break;
+      case Rule::signed_absmax: {  // of two values of the same magnitude the negative one is the anchor
+        const F extreme = V::select(V::less_equal(hi, depth), lo, hi);
+        found.scale = stored(V::div(extreme, V::set1(grid.qmin)), spec.storage);
+        break;
+      }
+      case Rule::zero_point: {
+        const F low = V::min(lo, zero);
+        found.scale = stored(V::div(V::sub(V::max(hi, zero), low), steps), spec.storage);
+        const F shift = V::mul(low, inverse(found.scale));
+        found.offset = clamp(V::round(V::sub(V::set1(grid.qmin), shift)), grid.qmin, grid.qmax);
+        break;
+      }
+      case Rule::minimum:
+        found.offset = stored(lo, spec.storage);
+        found.scale = stored(V::div(V::max(V::sub(hi, found.offset), zero), steps), spec.storage);
+        break;
+    }
+    const auto known = V::less_equal(lo, hi);
+    return {V::select(known, found.scale, zero), V::select(known, found.offset, zero)};
+  }
+};
+
+template <class Store>
+inline float inverse(float scale) {
+  return Range<Lane<Store>>::inverse(scale);
 }
 
-// lo, hi: smallest and largest value of the block, NaN left out; lo > hi if there was no value.
 template <class Store>
 inline Params params_from_range(float lo, float hi, const RangeSpec& spec) {
-  const Grid& grid = spec.grid;
-  if (!(lo <= hi)) return {0.0f, 0.0f};
-  switch (spec.rule) {
-    case Rule::absmax:
-      return {stored<Store>((-lo > hi ? -lo : hi) / grid.qmax, spec.storage), 0.0f};
-    case Rule::signed_absmax:  // of two values of the same magnitude the negative one is the anchor
-      return {stored<Store>((-lo >= hi ? lo : hi) / grid.qmin, spec.storage), 0.0f};
-    case Rule::zero_point: {
-      lo = lo < 0.0f ? lo : 0.0f;
-      hi = hi > 0.0f ? hi : 0.0f;
-      const float scale = stored<Store>((hi - lo) / (grid.qmax - grid.qmin), spec.storage);
-      const float zero = std::nearbyint(grid.qmin - lo * inverse(scale));
-      return {scale, clamp(zero, grid.qmin, grid.qmax)};
-    }
-    case Rule::minimum: {
-      const float minimum = stored<Store>(lo, spec.storage);
-      const float width = hi - minimum;
-      return {stored<Store>((width > 0.0f ? width : 0.0f) / (grid.qmax - grid.qmin), spec.storage), minimum};
-    }
-  }
-  return {0.0f, 0.0f};
+  const Found<Lane<Store>> found = Range<Lane<Store>>::parameters(lo, hi, spec);
+  return {found.scale, found.offset};
 }
 
 // The search for the range of least squared error tries shrunken ranges: first from 1 down in steps
