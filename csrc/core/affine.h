@@ -37,13 +37,17 @@ struct AffineKernels {
   void (*fake_quantize_backward)(const void* grad, const void* x, Layout layout, BlockParams params, Grid grid,
                                  void* dx);
   // The range of each block is found from x, then used at once while the block is in cache.
-  // scale, offset fp32 [blocks]: the range that was found.
+  // scale, offset fp32 [blocks]: the range that was found; a block that holds a value that is not finite
+  // gets a NaN scale, so that its codes cannot be stored unseen.
   void (*quantize_dynamic)(const void* x, Layout layout, RangeSpec spec, int8_t* codes, float* scale, float* offset);
   void (*fake_quantize_dynamic)(const void* x, Layout layout, RangeSpec spec, void* y);
   void (*fake_quantize_dynamic_backward)(const void* grad, const void* x, Layout layout, RangeSpec spec, void* dx);
+  // Whether all values are finite.
+  bool (*all_finite)(const void* x, Layout layout);
   // lo, hi fp32 [blocks]; NaN is passed over; a block of NaN gives lo = inf, hi = -inf.
   void (*min_max)(const void* x, Layout layout, float* lo, float* hi);
-  // scale, offset fp32 [blocks] from the min-max range, or (mse) from the range of least squared error.
+  // scale, offset fp32 [blocks] from the min-max range, or (mse) from the range of least squared error;
+  // there too, a block that holds a value that is not finite gets a NaN scale.
   void (*choose_range)(const void* x, Layout layout, RangeSpec spec, bool mse, float* scale, float* offset);
 };
 

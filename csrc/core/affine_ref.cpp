@@ -56,6 +56,14 @@ void backward_block(const T* grad, const T* x, int64_t n, Params p, Grid grid, T
 }
 
 template <class T>
+bool all_finite_block(const T* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(to_float(x[i]))) return false;
+  }
+  return true;
+}
+
+template <class T>
 void min_max_block(const T* x, int64_t n, float& lo, float& hi) {
   lo = std::numeric_limits<float>::infinity();
   hi = -lo;
@@ -157,7 +165,7 @@ void quantize_dynamic(const void* x, Layout l, RangeSpec spec, int8_t* codes, fl
     for (int64_t b = 0; b < l.blocks; ++b) {
       const auto* in = static_cast<const decltype(t)*>(x) + b * l.block;
       const Params p = choose_block(in, l.block, spec, false);
-      scale[b] = p.scale;
+      scale[b] = all_finite_block(in, l.block) ? p.scale : std::numeric_limits<float>::quiet_NaN();
       offset[b] = p.offset;
       quantize_block(in, l.block, p, spec.grid, codes + b * l.block);
     }
@@ -187,6 +195,13 @@ void fake_quantize_dynamic_backward(const void* grad, const void* x, Layout l, R
   });
 }
 
+bool all_finite(const void* x, Layout l) {
+  bool finite = true;
+  with_type(l.dtype,
+            [&](auto t) { finite = all_finite_block(static_cast<const decltype(t)*>(x), l.blocks * l.block); });
+  return finite;
+}
+
 void min_max(const void* x, Layout l, float* lo, float* hi) {
   with_type(l.dtype, [&](auto t) {
     const auto* in = static_cast<const decltype(t)*>(x);
@@ -199,7 +214,8 @@ void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scal
     const auto* in = static_cast<const decltype(t)*>(x);
     for (int64_t b = 0; b < l.blocks; ++b) {
       const Params p = choose_block(in + b * l.block, l.block, spec, mse);
-      scale[b] = p.scale;
+      const bool poisoned = mse && !all_finite_block(in + b * l.block, l.block);
+      scale[b] = poisoned ? std::numeric_limits<float>::quiet_NaN() : p.scale;
       offset[b] = p.offset;
     }
   });
@@ -215,6 +231,7 @@ const AffineKernels affine_ref = {
     .quantize_dynamic = quantize_dynamic,
     .fake_quantize_dynamic = fake_quantize_dynamic,
     .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
+    .all_finite = all_finite,
     .min_max = min_max,
     .choose_range = choose_range,
 };

@@ -93,6 +93,17 @@ struct Affine {
     if (i < n) store_part(dx + i, masked(load_part(x + i, n - i), load_part(grad + i, n - i)), n - i);
   }
 
+  // A value that is not finite makes its product with 0, and so the sum, NaN.
+  template <class T>
+  static bool all_finite_block(const T* x, int64_t n) {
+    const F zero = V::set1(0.0f);
+    F sum = zero;
+    for (int64_t i = 0; i < n; i += W) {
+      sum = V::add(sum, V::mul(i + W <= n ? V::load(x + i) : load_part(x + i, n - i), zero));
+    }
+    return !V::any_nan(sum);
+  }
+
   template <class T>
   static void min_max_block(const T* x, int64_t n, float& lo, float& hi) {
     F low = V::set1(std::numeric_limits<float>::infinity());
@@ -246,7 +257,7 @@ struct Affine {
       const auto* in = static_cast<const decltype(t)*>(x);
       with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
         quantize_block<kOffset>(in + b * l.block, l.block, {s, inv, o, spec.grid}, codes + b * l.block);
-        scale[b] = s;
+        scale[b] = all_finite_block(in + b * l.block, l.block) ? s : std::numeric_limits<float>::quiet_NaN();
         offset[b] = o;
       });
     });
@@ -274,6 +285,13 @@ struct Affine {
     });
   }
 
+  static bool all_finite(const void* x, Layout l) {
+    bool finite = true;
+    with(l.dtype, Offset::zero_point,
+         [&]<Offset>(auto t) { finite = all_finite_block(static_cast<const decltype(t)*>(x), l.blocks * l.block); });
+    return finite;
+  }
+
   static void min_max(const void* x, Layout l, float* lo, float* hi) {
     with(l.dtype, Offset::zero_point, [&]<Offset>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
@@ -292,7 +310,8 @@ struct Affine {
       }
       for (int64_t b = 0; b < l.blocks; ++b) {
         const Params p = search_block<kOffset>(in + b * l.block, l.block, spec);
-        scale[b] = p.scale;
+        const bool finite = all_finite_block(in + b * l.block, l.block);
+        scale[b] = finite ? p.scale : std::numeric_limits<float>::quiet_NaN();
         offset[b] = p.offset;
       }
     });
@@ -306,6 +325,7 @@ struct Affine {
       .quantize_dynamic = quantize_dynamic,
       .fake_quantize_dynamic = fake_quantize_dynamic,
       .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
+      .all_finite = all_finite,
       .min_max = min_max,
       .choose_range = choose_range,
   };

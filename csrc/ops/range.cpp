@@ -1,4 +1,6 @@
 // The ops that find ranges, alone or on the way to codes and fake-quantized values.
+#include <atomic>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -78,7 +80,8 @@ std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t 
   return {scale, offset};
 }
 
-// codes, scale, offset: the range of each block and the codes on it, in one pass over memory.
+// codes, scale, offset: the range of each block and the codes on it, in one pass over memory. The scale
+// of a block with a value that is not finite is NaN.
 std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
                                                     int64_t rule, int64_t storage) {
   const Layout l = layout_of(x, block);
@@ -90,15 +93,21 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t blo
   auto* out = static_cast<int8_t*>(codes.mutable_data_ptr());
   auto* s = static_cast<float*>(scale.mutable_data_ptr());
   auto* o = static_cast<float*>(offset.mutable_data_ptr());
-  if (l.block > kLongBlock) find_range(in, l, spec, false, s, o);
+  const bool pieces = l.block > kLongBlock;  // then ranges come first, and pieces of blocks are quantized
+  if (pieces) find_range(in, l, spec, false, s, o);
+  std::vector<std::atomic<bool>> poisoned(pieces ? static_cast<size_t>(l.blocks) : 0);
   for_pieces(l, [&](const Piece& p) {
     const void* values = shift(in, p.start, l.dtype);
-    if (l.block > kLongBlock) {  // a piece of a block, whose range is known
-      affine_kernels().quantize(values, p.layout, shift(BlockParams{s, o}, p.block), spec.grid, out + p.start);
-    } else {
+    if (!pieces) {
       affine_kernels().quantize_dynamic(values, p.layout, spec, out + p.start, s + p.block, o + p.block);
+      return;
     }
+    affine_kernels().quantize(values, p.layout, shift(BlockParams{s, o}, p.block), spec.grid, out + p.start);
+    if (!affine_kernels().all_finite(values, p.layout)) poisoned[static_cast<size_t>(p.block)] = true;
   });
+  for (size_t b = 0; b < poisoned.size(); ++b) {
+    if (poisoned[b]) s[b] = std::numeric_limits<float>::quiet_NaN();
+  }
   return {codes, scale, offset};
 }
 

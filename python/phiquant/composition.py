@@ -121,7 +121,9 @@ def quantize_dynamic(
     x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
-    return quantize(x, scale, offset, rule == MINIMUM, qmin, qmax), scale, offset
+    codes = quantize(x, scale, offset, rule == MINIMUM, qmin, qmax)
+    finite = x.reshape(len(scale), -1).isfinite().all(1)
+    return codes, torch.where(finite, scale, float("nan")), offset
 
 
 def fake_quantize_dynamic(x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int) -> Tensor:

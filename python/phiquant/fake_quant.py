@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import ops
 from .observers import KeepsDtype, MinMaxObserver, range_arguments
-from .spec import QuantSpec, spec as read_spec
+from .spec import QuantSpec
+from .spec import spec as read_spec
 from .tensor import QuantizedTensor
 
 RangeMode = Literal["tensor", "observer"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .spec import QuantSpec, spec as read_spec
+from .spec import QuantSpec
+from .spec import spec as read_spec
 
 
 class KeepsDtype(nn.Module):

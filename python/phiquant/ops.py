@@ -106,7 +106,10 @@ def quantize_dynamic(
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(codes, scale, zero_point, minimum): `choose_range` and `quantize` in one pass over memory."""
+    """(codes, scale, zero_point, minimum): `choose_range` and `quantize` in one pass over memory.
+
+    The scale of a block that holds a value that is not finite is NaN.
+    """
     axis = _channel_axis(x.shape, scale_shape)
     codes, scale, offset = _ops.quantize_dynamic.default(
         _to_blocks(x.detach(), axis), _block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
@@ -133,7 +136,8 @@ def choose_range(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of each block of x, shape `scale_shape`, already rounded as stored.
 
-    The range is the block's min-max, or with `mse` the shrunken range of least squared error.
+    The range is the block's min-max, or with `mse` the shrunken range of least squared error (and a NaN
+    scale for a block that holds a value that is not finite).
     zero_point is int32 and given for rule "zero_point"; minimum for rule "minimum"; else None.
     """
     axis = _channel_axis(x.shape, scale_shape)

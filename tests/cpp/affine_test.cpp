@@ -121,14 +121,26 @@ TEST_P(AffineLevels, MapsEqualReference) {
     affine_ref.fake_quantize(x.data(), layout, params, s.grid, y.data());
     EXPECT_EQ(y, y_ref) << "decode(encode(x)), " << bits << " bits";
 
-    // One pass finds what two do.
+    // One pass finds what two do, and marks the blocks that hold a value that is not finite.
     std::vector<float> found_scale(kBlocks), found_offset(kBlocks);
     affine_ref.choose_range(x.data(), layout, s, false, scale.data(), offset.data());
     affine_ref.quantize(x.data(), layout, params, s.grid, codes_ref.data());
+    const size_t bytes_per_block = x.size() / kBlocks;
+    std::vector<bool> finite(kBlocks);
+    for (size_t b = 0; b < kBlocks; ++b) {
+      const Layout one{dtype, 1, block};
+      finite[b] = affine_ref.all_finite(x.data() + b * bytes_per_block, one);
+      EXPECT_EQ(fast().all_finite(x.data() + b * bytes_per_block, one), finite[b]);
+    }
     for (const AffineKernels* kernels : {&fast(), &affine_ref}) {
       kernels->quantize_dynamic(x.data(), layout, s, codes.data(), found_scale.data(), found_offset.data());
       EXPECT_EQ(codes, codes_ref) << "quantize_dynamic, " << bits << " bits";
-      EXPECT_EQ(found_scale, scale) << "quantize_dynamic's scales, " << bits << " bits";
+      for (size_t b = 0; b < kBlocks; ++b) {
+        EXPECT_EQ(std::isnan(found_scale[b]), !finite[b]);
+        if (finite[b]) {
+          EXPECT_EQ(found_scale[b], scale[b]) << "quantize_dynamic's scales, " << bits << " bits";
+        }
+      }
       EXPECT_EQ(found_offset, offset) << "quantize_dynamic's offsets, " << bits << " bits";
     }
   }
@@ -215,6 +227,21 @@ TEST(Affine, ZeroPointRangeHoldsZero) {
   EXPECT_EQ(p.scale, 1.0f);
   EXPECT_EQ(p.offset, 0.0f);
   EXPECT_EQ(choose({-15.0f, -3.0f}, uint4).offset, 15.0f);
+}
+
+TEST(Affine, ValuesThatAreNotFiniteAreSeen) {
+  for (const float bad : {kInf, -kInf, std::nanf("")}) {
+    std::vector<float> x = gaussian(64, 1);
+    EXPECT_TRUE(affine_ref.all_finite(x.data(), {Dtype::f32, 2, 32}));
+    x[40] = bad;
+    EXPECT_FALSE(affine_ref.all_finite(x.data(), {Dtype::f32, 2, 32}));
+    std::vector<int8_t> codes(64);
+    std::vector<float> scale(2), offset(2);
+    const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Dtype::f32};
+    affine_ref.quantize_dynamic(x.data(), {Dtype::f32, 2, 32}, spec, codes.data(), scale.data(), offset.data());
+    EXPECT_GT(scale[0], 0.0f);
+    EXPECT_TRUE(std::isnan(scale[1]));
+  }
 }
 
 TEST(Affine, StoredScaleIsTheGrid) {

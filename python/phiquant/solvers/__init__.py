@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PhiquantError
-from ..spec import QuantSpec, spec as read_spec
+from ..spec import QuantSpec
+from ..spec import spec as read_spec
 from ..tensor import QuantizedTensor
 from .nearest import mse, rtn
 
@@ -34,19 +35,18 @@ def quantize_tensor(
         spec.scale_shape(tuple(w.shape))
     except ValueError as error:
         raise PhiquantError(f"{name}: {error}") from error
-    _check_finite(w, name, first_row)
-    return SOLVERS[solver](w.detach(), spec)
+    result = SOLVERS[solver](w.detach(), spec)
+    # A solver gives a NaN scale to a block in which it met a value that is not finite.
+    if bool(result.scales.isnan().any()):
+        raise _not_finite(w, name, first_row)
+    return result
 
 
-def _check_finite(w: Tensor, name: str, first_row: int) -> None:
-    # A sum is not finite if any value is not (the reverse is checked below): one read, no temporary.
-    if w.numel() == 0 or bool(torch.isfinite(w.sum())):
-        return
+def _not_finite(w: Tensor, name: str, first_row: int) -> PhiquantError:
     index = torch.nonzero(~torch.isfinite(w))
-    if len(index):
-        first = tuple(index[0].tolist())
-        place = [first[0] + first_row, *first[1:]] if first else []
-        raise PhiquantError(
-            f"{name} holds {len(index)} value(s) that are not finite, the first is {w[first].item()} at "
-            f"index {place}; repair the checkpoint, or leave this tensor in float by a recipe"
-        )
+    first = tuple(index[0].tolist())
+    place = [first[0] + first_row, *first[1:]] if first else []
+    return PhiquantError(
+        f"{name} holds {len(index)} value(s) that are not finite, the first is {w[first].item()} at "
+        f"index {place}; repair the checkpoint, or leave this tensor in float by a recipe"
+    )
