@@ -11,7 +11,8 @@ from ..errors import PhiquantError
 from ..evaluate import model_logits
 from ..extras import need
 from ..load import load
-from ..runtimes import llamacpp, transformers
+from ..runtimes import llamacpp
+from ..runtimes.transformers import logits as transformers_logits
 
 Rows = list[list[int]]
 
@@ -49,7 +50,7 @@ def gguf(path: Path) -> Runner:
 def exported_safetensors(folder: Path) -> Runner:
     """An exported folder in plain transformers."""
     tokenizer = need("transformers", extra="hf").AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Runner("transformers", tokenizer, lambda rows: transformers.logits(folder, rows))
+    return Runner("transformers", tokenizer, lambda rows: transformers_logits(folder, rows))
 
 
 def checkpoint(source: str) -> Runner:
