@@ -11,6 +11,7 @@ import phiquant as pq
 import pytest
 import torch
 from phiquant import PhiquantError
+from phiquant.export import format_module
 from phiquant.formats import safetensors
 from phiquant.model_source import ModelSource
 
@@ -194,20 +195,29 @@ def test_float_tensors_get_the_narrowest_type_that_holds_them(tiny_model: Any, t
     assert dtypes["model.embed_tokens.weight"] == "float32"
 
 
-def test_a_qat_model_ships_the_codes_it_trained_with(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    pq.prepare_qat(tiny_model, "gguf:Q4_0")
+@pytest.mark.parametrize("grid", ["gguf:Q4_0", "int3-g32-signmax-f16"])
+def test_a_qat_model_ships_the_weights_it_trained_with(
+    tiny_model: Any, tokenizer: Any, tmp_path: Path, grid: str
+) -> None:
+    """Largest difference 0: trained weights, dequantize(), our readers, gguf-py's and compressed-tensors' decode."""
+    pq.prepare_qat(tiny_model, grid)
     optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1e-2)
     ids = torch.arange(32)[None]
     tiny_model(ids, labels=ids).loss.backward()
     optimizer.step()
-    quantizer = tiny_model.get_submodule(DOWN.removesuffix(".weight")).weight_quantizer
-    trained = quantizer(tiny_model.get_parameter(DOWN)).detach().clone()
+    layers = {n: m for n, m in tiny_model.named_modules() if isinstance(m, pq.QATLinear)}
+    trained = {f"{n}.weight": m.weight_quantizer(m.weight).detach().clone() for n, m in layers.items()}
+    assert DOWN in trained
     pq.convert(tiny_model)
-    pq.export(tiny_model, tokenizer, tmp_path, format="gguf")
-    from phiquant.formats import gguf_reader
-
-    stored = gguf_reader.read(tmp_path / "model.gguf")[DOWN]
-    assert torch.equal(torch.from_numpy(stored.values().copy()), trained)
+    for name, layer in layers.items():  # the same modules, now of another class
+        assert torch.equal(layer.quantized.dequantize(), trained[f"{name}.weight"])
+    for format_name in TARGETS:
+        out = tmp_path / format_name
+        pq.export(tiny_model, tokenizer, out, format=format_name)
+        stored = format_module(format_name, "_reader").read(out / "model.gguf" if format_name == "gguf" else out)
+        for name, weight in trained.items():
+            assert torch.equal(torch.from_numpy(stored[name].values().copy()), weight)
+            assert torch.equal(torch.from_numpy(stored[name].reference().copy()), weight)
 
 
 @pytest.mark.parametrize("name", TARGETS)
