@@ -1,5 +1,8 @@
-"""The message of an import that failed; the import that works is tested by everything else."""
+"""The message of an import that failed, and the CPU level that the environment asks for."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,23 @@ def test_the_build_leaves_its_torch_version():
     from phiquant import _C
 
     assert _extension._built_with(_extension._origin()) == _C.build_info()["torch"]
+
+
+def _cpu_level(wish: str) -> subprocess.CompletedProcess[str]:
+    program = "from phiquant import _C; print(_C.cpu_level())"
+    environment = {**os.environ, "PHIQUANT_CPU_LEVEL": wish}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("level", ["scalar", ""])
+def test_the_environment_chooses_the_cpu_level(level: str) -> None:
+    from phiquant import _C
+
+    best = _C.build_info()["cpu_levels"][-1]
+    assert _cpu_level(level).stdout.strip() == (level or best)
+
+
+def test_an_unknown_cpu_level_is_named() -> None:
+    done = _cpu_level("sse9")
+    assert done.returncode == 1
+    assert "ValueError: unknown CPU level 'sse9'; levels are scalar, avx2, avx512" in done.stderr
