@@ -48,6 +48,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/torch-abi-audit --check torch $$($(BIN)/python -c 'from phiquant import _C; print(_C.__file__)')
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
