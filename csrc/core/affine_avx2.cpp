@@ -83,16 +83,6 @@ struct Avx2 {
     lo = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
   }
 
-  struct Store {
-    static float round_f16(float v) { return _cvtsh_ss(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT)); }
-    static float round_bf16(float v) {
-      const __m128i u = _mm_castps_si128(_mm_set_ss(v));
-      const __m128i odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
-      const __m128i rounded = _mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
-      return _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_epi32(_mm_srli_epi32(rounded, 16), 16)));
-    }
-  };
-
  private:
   // Eight 32-bit lanes holding values below 2^16, as eight 16-bit lanes in order.
   static __m128i narrow(__m256i v) {

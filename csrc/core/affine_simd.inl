@@ -1,8 +1,10 @@
 // The kernels of affine_ref.cpp over vectors of V::width floats; included once by each vector level.
 //
 // V gives what range.inl asks of lanes, and: width, loads and stores of float, bf16, f16 and of codes,
-// selection in a range, horizontal min and max, and Store (rounding of one float). Everything sits in an anonymous
+// selection in a range, any_nan, horizontal min and max. Everything sits in an anonymous
 // namespace, so that no function compiled here can stand in for another level's.
+
+#include <immintrin.h>
 
 #include <cstring>
 #include <limits>
@@ -12,6 +14,17 @@
 
 namespace phiquant {
 namespace {
+
+// Rounding of one float to 16 bits, by F16C and SSE, which every vector level has.
+struct Store {
+  static float round_f16(float v) { return _cvtsh_ss(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static float round_bf16(float v) {
+    const __m128i u = _mm_castps_si128(_mm_set_ss(v));
+    const __m128i odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
+    const __m128i rounded = _mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_epi32(_mm_srli_epi32(rounded, 16), 16)));
+  }
+};
 
 template <class V>
 struct Affine {
@@ -23,7 +36,7 @@ struct Affine {
     F scale, inv, offset, qmin, qmax;
     Spread(float s, float inverse, float o, Grid g)
         : scale(V::set1(s)), inv(V::set1(inverse)), offset(V::set1(o)), qmin(V::set1(g.qmin)), qmax(V::set1(g.qmax)) {}
-    Spread(Params p, Grid g) : Spread(p.scale, inverse<typename V::Store>(p.scale), p.offset, g) {}
+    Spread(Params p, Grid g) : Spread(p.scale, inverse<Store>(p.scale), p.offset, g) {}
   };
 
   template <Offset kOffset>
@@ -168,8 +181,7 @@ struct Affine {
     float lo;
     float hi;
     min_max_block(x, n, lo, hi);
-    return search_range<typename V::Store>(lo, hi, spec,
-                                           [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
+    return search_range<Store>(lo, hi, spec, [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
   }
 
   // Finds the ranges of some blocks, then their parameters, a block in each lane, then calls
