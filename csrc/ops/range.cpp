@@ -111,6 +111,19 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t blo
   return {codes, scale, offset};
 }
 
+// The min-max ranges of all blocks: what long blocks need before their pieces are worked on.
+class Ranges {
+ public:
+  Ranges(const void* x, Layout l, RangeSpec spec) : scale_(static_cast<size_t>(l.blocks)), offset_(scale_.size()) {
+    find_range(x, l, spec, false, scale_.data(), offset_.data());
+  }
+  BlockParams from(int64_t block) const { return shift(BlockParams{scale_.data(), offset_.data()}, block); }
+
+ private:
+  std::vector<float> scale_;
+  std::vector<float> offset_;
+};
+
 void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                                int64_t storage, Tensor out) {
   const Layout l = layout_of(x, block);
@@ -124,12 +137,9 @@ void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int
     });
     return;
   }
-  std::vector<float> scale(static_cast<size_t>(l.blocks));
-  std::vector<float> offset(scale.size());
-  find_range(in, l, spec, false, scale.data(), offset.data());
+  const Ranges ranges(in, l, spec);
   for_pieces(l, [&](const Piece& p) {
-    affine_kernels().fake_quantize(shift(in, p.start, l.dtype), p.layout,
-                                   shift(BlockParams{scale.data(), offset.data()}, p.block), spec.grid,
+    affine_kernels().fake_quantize(shift(in, p.start, l.dtype), p.layout, ranges.from(p.block), spec.grid,
                                    shift(y, p.start, l.dtype));
   });
 }
@@ -157,13 +167,10 @@ Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64
     });
     return dx;
   }
-  std::vector<float> scale(static_cast<size_t>(l.blocks));
-  std::vector<float> offset(scale.size());
-  find_range(in, l, spec, false, scale.data(), offset.data());
+  const Ranges ranges(in, l, spec);
   for_pieces(l, [&](const Piece& p) {
     affine_kernels().fake_quantize_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype), p.layout,
-                                            shift(BlockParams{scale.data(), offset.data()}, p.block), spec.grid,
-                                            shift(out, p.start, l.dtype));
+                                            ranges.from(p.block), spec.grid, shift(out, p.start, l.dtype));
   });
   return dx;
 }

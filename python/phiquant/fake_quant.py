@@ -94,11 +94,8 @@ class FakeQuantize(KeepsDtype):
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """The codes that `forward(x)` decodes. Call it in evaluation mode or with observing off."""
         if self.range == "tensor":
-            grid = range_arguments(self.spec)
-            scale, zero_point, minimum = ops.choose_range(x, self.spec.scale_shape(tuple(x.shape)), **grid)
-        else:
-            scale, zero_point, minimum = self._known_scale(), self.zero_point, self.minimum
-        return encode(x, self.spec, scale, zero_point, minimum)
+            return encode_dynamic(x, self.spec)
+        return encode(x, self.spec, self._known_scale(), self.zero_point, self.minimum)
 
     def _known_scale(self) -> Tensor:
         if self.scale is None:
@@ -120,6 +117,17 @@ class FakeQuantize(KeepsDtype):
 def encode(
     x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None
 ) -> QuantizedTensor:
-    """Codes of x on a known grid: the one place where codes are made."""
+    """Codes of x on a known grid."""
     codes = ops.quantize(x.detach(), scale, zero_point, minimum, qmin=spec.element.qmin, qmax=spec.element.qmax)
     return QuantizedTensor(codes.contiguous(), scale.detach().clone(), zero_point, minimum, spec)
+
+
+def encode_dynamic(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """Codes of x on the grid of each block's min-max range, found and used in one pass over memory.
+
+    The scale of a block that holds a value that is not finite is NaN.
+    """
+    codes, scale, zero_point, minimum = ops.quantize_dynamic(
+        x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec)
+    )
+    return QuantizedTensor(codes.contiguous(), scale, zero_point, minimum, spec)

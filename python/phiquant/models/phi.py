@@ -19,7 +19,6 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 FINAL_NORM = "model.norm"
 LAYER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 # Each norm feeds one linear: (norm, its consumer), both inside model.layers.<i>.
 NORM_CONSUMERS = (("input_layernorm", "self_attn.qkv_proj"), ("post_attention_layernorm", "mlp.gate_up_proj"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..fake_quant import encode
+from ..fake_quant import encode, encode_dynamic
 from ..observers import range_arguments
 from ..spec import QuantSpec
 from ..tensor import QuantizedTensor
@@ -16,10 +16,7 @@ from ..tensor import QuantizedTensor
 
 def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """Each value gets the nearest code on the grid of its block's min-max range."""
-    codes, scale, zero_point, minimum = ops.quantize_dynamic(
-        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec)
-    )
-    return QuantizedTensor(codes.contiguous(), scale, zero_point, minimum, spec)
+    return encode_dynamic(w, spec)
 
 
 def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
