@@ -6,16 +6,10 @@ namespace phiquant {
 
 const AffineKernels& affine_kernels() {
 #ifdef PHIQUANT_X86
-  switch (cpu_level()) {
-    case Level::avx512:
-      return affine_avx512;
-    case Level::avx2:
-      return affine_avx2;
-    case Level::scalar:
-      break;
-  }
-#endif
+  return by_level(affine_ref, affine_avx2, affine_avx512);
+#else
   return affine_ref;
+#endif
 }
 
 }  // namespace phiquant

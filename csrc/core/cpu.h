@@ -19,6 +19,20 @@ void set_cpu_level(Level level);
 // The levels that this CPU can run, lowest first.
 std::vector<Level> available_levels();
 
+// The one of these kernel tables that the level in use asks for.
+template <class Table>
+const Table& by_level(const Table& scalar, const Table& avx2, const Table& avx512) {
+  switch (cpu_level()) {
+    case Level::avx512:
+      return avx512;
+    case Level::avx2:
+      return avx2;
+    case Level::scalar:
+      break;
+  }
+  return scalar;
+}
+
 std::string level_name(Level level);
 Level level_from_name(const std::string& name);
 

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from phiquant import _C
-from phiquant.composition import KERNELS
+from phiquant.ops.composition import KERNELS
 from torch import Tensor
 
 GRIDS = [
@@ -261,7 +261,7 @@ def _samples() -> list[tuple[str, tuple]]:
 
 @pytest.mark.parametrize(("name", "arguments"), _samples(), ids=lambda v: v if isinstance(v, str) else "")
 def test_opcheck(name: str, arguments: tuple) -> None:
-    torch.library.opcheck(getattr(ops._ops, name).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.phiquant, name).default, arguments)
 
 
 def test_compile_whole_graph() -> None:
@@ -290,11 +290,11 @@ def test_composition_for_other_devices_gives_the_same_bits(name: str, arguments:
     arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     if name.endswith("_out"):
         outs = [torch.full_like(arguments[-1], 7.0) for _ in range(2)]
-        getattr(ops._ops, name).default(*arguments[:-1], outs[0])
+        getattr(torch.ops.phiquant, name).default(*arguments[:-1], outs[0])
         composed(*arguments[:-1], outs[1])
         assert torch.equal(*outs)
         return
-    kernel, other = getattr(ops._ops, name).default(*arguments), composed(*arguments)
+    kernel, other = getattr(torch.ops.phiquant, name).default(*arguments), composed(*arguments)
     for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (kernel, other)), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -311,7 +311,7 @@ def test_composition_on_awkward_values(qmin: int, qmax: int, rule: str) -> None:
     by_name = {k.__name__: k for k in KERNELS}
     for storage in range(3):
         arguments = (32, qmin, qmax, ops.RULES[rule], storage)
-        found = ops._ops.fake_quantize_dynamic.default(x, *arguments)
+        found = torch.ops.phiquant.fake_quantize_dynamic.default(x, *arguments)
         expected = by_name["fake_quantize_dynamic"](x, *arguments)
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 

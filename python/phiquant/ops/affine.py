@@ -1,14 +1,11 @@
-"""Typed wrappers of the C++ ops, their meta kernels and gradients. The only file that says torch.ops.phiquant.
+"""Affine grids: typed wrappers of the ops, their meta kernels and gradients.
 
-The shape of `scale` says which values of x share it: all axes alike up to one that is divided into
-runs, 1 after it ([N, 1]: rows; [N, K / g]: groups; [1, 1] or a single value: the whole tensor), or 1
-everywhere but at one axis (a channel axis). Arithmetic is float32 for every dtype of x. Rounding is
-the one rule of csrc/core/affine.h: q = clamp(rne(x * (1 / s)) + z, qmin, qmax).
+The shape of `scale` says which values of x share it (blocks.py). Arithmetic is float32 for every
+dtype of x. Rounding is the one rule of csrc/core/affine.h: q = clamp(rne(x * (1 / s)) + z, qmin, qmax).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +13,8 @@ import torch
 from torch import Tensor
 
 from . import composition
-from ._extension import load
+from .blocks import apply, block_length, channel_axis, deliver, flat, flat_or_none, from_blocks, to_blocks
 
-load()
 _ops = torch.ops.phiquant
 RULES = {
     "absmax": composition.ABSMAX,
@@ -33,11 +29,11 @@ def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, minimum: Tensor | None = None, *, qmin: int, qmax: int
 ) -> Tensor:
     """Codes of x, in its shape: int8 if qmin < 0, else uint8. NaN gets qmin; infinities the ends."""
-    axis = _channel_axis(x.shape, scale.shape)
+    axis = channel_axis(x.shape, scale.shape)
     codes = _ops.quantize.default(
-        _to_blocks(x, axis), _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax
+        to_blocks(x, axis), flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax
     )
-    return _from_blocks(codes, axis)
+    return from_blocks(codes, axis)
 
 
 def dequantize(
@@ -50,12 +46,12 @@ def dequantize(
     out: Tensor | None = None,
 ) -> Tensor:
     """Values of int8 or uint8 codes: s (q - z), or s q + m, computed in float32, then cast to `dtype`."""
-    axis = _channel_axis(codes.shape, scale.shape)
-    blocks = _to_blocks(codes, axis)
+    axis = channel_axis(codes.shape, scale.shape)
+    blocks = to_blocks(codes, axis)
     direct = out if out is not None and axis is None and out.is_contiguous() else None
     result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
-    _ops.dequantize_out.default(blocks, _flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, result)
-    return _deliver(result, axis, out)
+    _ops.dequantize_out.default(blocks, flat(scale), flat_or_none(zero_point, minimum), minimum is not None, result)
+    return deliver(result, axis, out)
 
 
 def fake_quantize(
@@ -73,9 +69,9 @@ def fake_quantize(
 
     out: a tensor of x's shape and dtype to write to; may be x. Records no gradient.
     """
-    axis = _channel_axis(x.shape, scale.shape)
-    arguments = (_flat(scale), _flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
-    return _apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out)
+    axis = channel_axis(x.shape, scale.shape)
+    arguments = (flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
+    return apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out)
 
 
 def fake_quantize_dynamic(
@@ -92,9 +88,9 @@ def fake_quantize_dynamic(
 
     The scale counts as a constant for the gradient. Same values as choose_range + fake_quantize.
     """
-    axis = _channel_axis(x.shape, scale_shape)
-    arguments = (_block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
-    return _apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out)
+    axis = channel_axis(x.shape, scale_shape)
+    arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out)
 
 
 def quantize_dynamic(
@@ -110,17 +106,17 @@ def quantize_dynamic(
 
     The scale of a block that holds a value that is not finite is NaN.
     """
-    axis = _channel_axis(x.shape, scale_shape)
+    axis = channel_axis(x.shape, scale_shape)
     codes, scale, offset = _ops.quantize_dynamic.default(
-        _to_blocks(x.detach(), axis), _block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
+        to_blocks(x.detach(), axis), block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
     )
-    return _from_blocks(codes, axis), *_parameters(scale, offset, rule, scale_dtype, scale_shape)
+    return from_blocks(codes, axis), *_parameters(scale, offset, rule, scale_dtype, scale_shape)
 
 
 def min_max(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each block, float32 `scale_shape`; NaN is passed over."""
-    axis = _channel_axis(x.shape, scale_shape)
-    lo, hi = _ops.min_max.default(_to_blocks(x.detach(), axis), _block(x.shape, scale_shape))
+    axis = channel_axis(x.shape, scale_shape)
+    lo, hi = _ops.min_max.default(to_blocks(x.detach(), axis), block_length(x.shape, scale_shape))
     return lo.reshape(tuple(scale_shape)), hi.reshape(tuple(scale_shape))
 
 
@@ -140,12 +136,12 @@ def choose_range(
     scale for a block that holds a value that is not finite).
     zero_point is int32 and given for rule "zero_point"; minimum for rule "minimum"; else None.
     """
-    axis = _channel_axis(x.shape, scale_shape)
+    axis = channel_axis(x.shape, scale_shape)
     # The search adds errors in a fixed order that torch's reductions do not keep. It is done once per
     # weight, so it runs in the kernel on the CPU and gives the same ranges on every device.
     values = x.detach().cpu() if mse else x.detach()
     scale, offset = _ops.choose_range.default(
-        _to_blocks(values, axis), _block(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype], mse
+        to_blocks(values, axis), block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype], mse
     )
     return _parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
 
@@ -154,9 +150,7 @@ def range_from_min_max(
     lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, rule: str, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
-    scale, offset = _ops.range_from_min_max.default(
-        _flat(lo), _flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
-    )
+    scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
     return _parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 
@@ -167,75 +161,6 @@ def _parameters(
     zero_point = offset.reshape(shape).to(torch.int32) if rule == "zero_point" else None
     minimum = offset.reshape(shape).to(scale_dtype) if rule == "minimum" else None
     return scale.reshape(shape).to(scale_dtype), zero_point, minimum
-
-
-def _channel_axis(shape: Sequence[int], scale_shape: Sequence[int]) -> int | None:
-    """None if the values that share a scale lie side by side, else the axis to move to the front."""
-    shape, scale_shape = tuple(shape), tuple(scale_shape)
-    if math.prod(scale_shape) == 1 and math.prod(shape) > 0:
-        return None
-    if len(shape) == len(scale_shape):
-        first = next((i for i, (n, s) in enumerate(zip(shape, scale_shape, strict=True)) if n != s), None)
-        if first is None:
-            return None
-        divides = scale_shape[first] > 0 and shape[first] % scale_shape[first] == 0
-        if divides and all(s == 1 for s in scale_shape[first + 1 :]):
-            return None
-        axes = [i for i, s in enumerate(scale_shape) if s != 1]
-        if len(axes) == 1 and scale_shape[axes[0]] == shape[axes[0]]:
-            return axes[0]
-    raise ValueError(
-        f"scale of shape {list(scale_shape)} does not divide x of shape {list(shape)}; expected one scale, "
-        "one per index of an axis (1 elsewhere), or one per run of the last axis, such as [N, K / group]"
-    )
-
-
-def _block(shape: Sequence[int], scale_shape: Sequence[int]) -> int:
-    scales = math.prod(scale_shape)
-    return math.prod(shape) // scales if scales else 0
-
-
-def _to_blocks(x: Tensor, axis: int | None) -> Tensor:
-    return x.contiguous() if axis is None else x.movedim(axis, 0).contiguous()
-
-
-def _from_blocks(x: Tensor, axis: int | None) -> Tensor:
-    return x if axis is None else x.movedim(0, axis)
-
-
-def _flat(scale: Tensor) -> Tensor:
-    return scale.detach().reshape(-1).float().contiguous()
-
-
-def _flat_or_none(zero_point: Tensor | None, minimum: Tensor | None) -> Tensor | None:
-    if zero_point is not None and minimum is not None:
-        raise ValueError("give a zero_point or a minimum, not both")
-    offset = zero_point if minimum is None else minimum
-    return None if offset is None else _flat(offset)
-
-
-def _apply(op: Any, op_out: Any, x: Tensor, axis: int | None, arguments: tuple, out: Tensor | None) -> Tensor:
-    """`op`, or with `out` its form that writes there, on x as blocks."""
-    blocks = _to_blocks(x, axis)
-    if out is None:
-        return _from_blocks(op.default(blocks, *arguments), axis)
-    _check_out(x, out)
-    direct = out if axis is None and out.is_contiguous() else torch.empty_like(blocks)
-    op_out.default(blocks, *arguments, direct)
-    return _deliver(direct, axis, out)
-
-
-def _check_out(x: Tensor, out: Tensor) -> None:
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise ValueError("out= records no gradient; use it under torch.no_grad(), or leave it out")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(f"out must be {x.dtype} {list(x.shape)} like x, got {out.dtype} {list(out.shape)}")
-
-
-def _deliver(result: Tensor, axis: int | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return _from_blocks(result, axis)
-    return out if result is out else out.copy_(_from_blocks(result, axis))
 
 
 # --- meta kernels: shapes and dtypes only ---------------------------------------------------------

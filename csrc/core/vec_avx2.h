@@ -1,0 +1,98 @@
+// AVX2 and F16C: 8 floats a vector. For level files alone (see vec_avx512.h).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace phiquant {
+namespace {
+
+struct Avx2 {
+  using F = __m256;
+  using Mask = __m256;
+  static constexpr int64_t width = 8;
+
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+  static Mask less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+  static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
+  static F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+  static F round_f16(F v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F round_bf16(F v) {
+    bf16 bits[width];
+    store(bits, v);
+    return load(bits);
+  }
+
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static F load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void store(bf16* p, F v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(u, bias), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(_mm256_blendv_epi8(high, quiet, nan)));
+  }
+  static void store(f16* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static void store_codes(int8_t* p, F q) {
+    // The low byte of each lane: as unsigned values the packs below do not saturate.
+    const __m256i low = _mm256_and_si256(_mm256_cvtps_epi32(q), _mm256_set1_epi32(0xff));
+    const __m128i words = narrow(low);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  static F load_codes(const int8_t* p, bool code_signed) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(code_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+  }
+
+  // v where lo <= t <= hi, else 0
+  static F select_in_range(F t, F lo, F hi, F v) {
+    return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(t, lo, _CMP_GE_OQ), _mm256_cmp_ps(t, hi, _CMP_LE_OQ)), v);
+  }
+  static F first_lanes(F v, int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+    return _mm256_and_ps(_mm256_castsi256_ps(keep), v);
+  }
+
+  // Smallest lane of `low` and largest of `high`, folded together with -low in the upper half.
+  static void horizontal(F low, F high, float& lo, float& hi) {
+    const __m256 n = _mm256_xor_ps(low, _mm256_set1_ps(-0.0f));
+    __m256 m = _mm256_max_ps(_mm256_permute2f128_ps(high, n, 0x20), _mm256_permute2f128_ps(high, n, 0x31));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
+    hi = _mm256_cvtss_f32(m);
+    lo = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
+  }
+
+ private:
+  // Eight 32-bit lanes holding values below 2^16, as eight 16-bit lanes in order.
+  static __m128i narrow(__m256i v) {
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xd8));
+  }
+};
+
+}  // namespace
+}  // namespace phiquant

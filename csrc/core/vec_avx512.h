@@ -1,0 +1,92 @@
+// AVX-512 (F, BW, DQ, VL): 16 floats a vector. For level files alone: each is compiled with its level's flags,
+// and the anonymous namespace keeps what is compiled here from standing in for another level's.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace phiquant {
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using Mask = __mmask16;
+  static constexpr int64_t width = 16;
+
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static Mask less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+  static F select(Mask m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
+  static F round_f16(F v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F round_bf16(F v) {
+    bf16 bits[width];
+    store(bits, v);
+    return load(bits);
+  }
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(bf16* p, F v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    __m512i high = _mm512_srli_epi32(_mm512_add_epi32(u, bias), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+  }
+  static void store(f16* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static void store_codes(int8_t* p, F q) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(q)));
+  }
+  static F load_codes(const int8_t* p, bool code_signed) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(code_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+  }
+
+  // v where lo <= t <= hi, else 0
+  static F select_in_range(F t, F lo, F hi, F v) {
+    const __mmask16 inside = _mm512_cmp_ps_mask(t, lo, _CMP_GE_OQ) & _mm512_cmp_ps_mask(t, hi, _CMP_LE_OQ);
+    return _mm512_maskz_mov_ps(inside, v);
+  }
+  static F first_lanes(F v, int64_t n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1u), v); }
+
+  // Smallest lane of `low` and largest of `high`. Both are folded together, -low in the upper half:
+  // for groups of 32 these shuffles are most of the work.
+  static void horizontal(F low, F high, float& lo, float& hi) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(high), _mm512_extractf32x8_ps(high, 1));
+    const __m256 l = _mm256_min_ps(_mm512_castps512_ps256(low), _mm512_extractf32x8_ps(low, 1));
+    const __m256 n = _mm256_xor_ps(l, sign);
+    // [h0..3 | n0..3] and [h4..7 | n4..7]
+    __m256 m = _mm256_max_ps(_mm256_permute2f128_ps(h, n, 0x20), _mm256_permute2f128_ps(h, n, 0x31));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4e));
+    m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
+    hi = _mm256_cvtss_f32(m);
+    lo = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
+  }
+};
+
+}  // namespace
+}  // namespace phiquant

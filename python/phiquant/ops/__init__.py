@@ -1,0 +1,31 @@
+"""The ops: the one room that says torch.ops.phiquant. A file per family: wrappers, meta kernels, gradients."""
+
+from __future__ import annotations
+
+from .._extension import load
+
+load()  # before the families: they bind the ops that the extension registers
+
+from .affine import (  # noqa: E402
+    RULES,
+    choose_range,
+    dequantize,
+    fake_quantize,
+    fake_quantize_dynamic,
+    min_max,
+    quantize,
+    quantize_dynamic,
+    range_from_min_max,
+)
+
+__all__ = [
+    "RULES",
+    "choose_range",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "min_max",
+    "quantize",
+    "quantize_dynamic",
+    "range_from_min_max",
+]
