@@ -143,7 +143,7 @@ def test_nothing_but_the_command_line_imports_the_command_line():
 
 OPTIONAL = {
     "transformers", "tokenizers", "accelerate", "compressed_tensors", "huggingface_hub", "gguf", "xllamacpp",
-    "typer", "click", "rich", "matplotlib", "jinja2", "torchao", "psutil", "tqdm", "pytest",
+    "typer", "click", "rich", "matplotlib", "jinja2", "torchao", "psutil", "tqdm", "pytest", "sklearn",
 }  # fmt: skip
 
 
