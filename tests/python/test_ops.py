@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import phiquant.ops as ops
 import pytest
@@ -317,9 +320,8 @@ def test_composition_on_awkward_values(qmin: int, qmax: int, rule: str) -> None:
 
 
 def test_no_kernel_is_missing_from_the_composition() -> None:
-    names = {k.__name__ for k in KERNELS}
-    schemas = {s.name.removeprefix("phiquant::") for s in torch._C._jit_get_all_schemas() if "phiquant::" in s.name}
-    assert names == schemas
+    text = (Path(__file__).parents[2] / "csrc/ops/schemas.cpp").read_text(encoding="utf-8")
+    assert {k.__name__ for k in KERNELS} == set(re.findall(r'"(\w+)\(', text))
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .affine import (  # noqa: E402
     quantize_dynamic,
     range_from_min_max,
 )
+from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
 
 __all__ = [
     "RULES",
@@ -24,6 +25,9 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "huffman_decode",
+    "huffman_encode",
+    "huffman_lengths",
     "min_max",
     "quantize",
     "quantize_dynamic",
