@@ -17,6 +17,7 @@ from .affine import (  # noqa: E402
     quantize_dynamic,
     range_from_min_max,
 )
+from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits  # noqa: E402
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
 
 __all__ = [
@@ -29,7 +30,11 @@ __all__ = [
     "huffman_encode",
     "huffman_lengths",
     "min_max",
+    "pack_bits",
+    "pack_trits",
     "quantize",
     "quantize_dynamic",
     "range_from_min_max",
+    "unpack_bits",
+    "unpack_trits",
 ]
