@@ -28,16 +28,45 @@ from .observers import EmaObserver, MinMaxObserver
 from .quantize import convert, prepare_qat, quantize
 from .recipe import Recipe
 from .solvers import quantize_tensor
-from .spec import TARGETS, QuantSpec, Target, spec, target
+from .spec import (
+    TARGETS,
+    Binary,
+    Codebook,
+    FixedPoint,
+    Float,
+    Int,
+    NormalFloat,
+    PerChannel,
+    PerGroup,
+    PerRows,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    Target,
+    Ternary,
+    spec,
+    target,
+)
 from .tensor import QuantizedTensor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "TARGETS",
+    "Binary",
+    "Codebook",
     "EmaObserver",
     "FakeQuantize",
+    "FixedPoint",
+    "Float",
+    "Int",
     "MinMaxObserver",
+    "NormalFloat",
+    "PerChannel",
+    "PerGroup",
+    "PerRows",
+    "PerTensor",
+    "PerToken",
     "PhiquantError",
     "QATEmbedding",
     "QATLinear",
@@ -47,6 +76,7 @@ __all__ = [
     "QuantizedTensor",
     "Recipe",
     "Target",
+    "Ternary",
     "UnsupportedModelError",
     "convert",
     "evaluate",

@@ -70,13 +70,12 @@ class CheckpointSource:
 
 
 def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
-    codes, scales, zero_points, minimums = (
+    codes, scales, zero_points, minimums, codebook = (
         None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
-        for part in ("codes", "scales", "zero_points", "minimums")
+        for part in ("codes", "scales", "zero_points", "minimums", "codebook")
     )
     assert codes is not None
-    assert scales is not None
-    return QuantizedTensor(codes, scales, zero_points, minimums, spec)
+    return QuantizedTensor(codes, scales, zero_points, minimums, spec, codebook)
 
 
 def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | None]:

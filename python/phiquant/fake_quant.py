@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from . import ops
 from .observers import KeepsDtype, MinMaxObserver, range_arguments
-from .spec import QuantSpec
+from .spec import Codebook, FixedPoint, QuantSpec
 from .spec import spec as read_spec
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, block_scales, element_arguments
 
 RangeMode = Literal["tensor", "observer"]
 
@@ -24,26 +25,44 @@ def fake_quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     minimum: Tensor | None = None,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """The nearest value of the grid for every value of x, in x's shape and dtype; differentiable in x.
 
-    The range comes from x (min-max per block), or from `scale` with `zero_point` or `minimum` where
-    given: shape `spec(...).scale_shape(x.shape)` or a single value. `out` receives the result without
-    a new allocation and records no gradient.
+    The range comes from x (by the spec's rule, per block), or from `scale` with `zero_point` or
+    `minimum` where given: shape `spec(...).scale_shape(x.shape)` or a single value. The levels of a
+    Codebook element are `codebook` [blocks, size], ascending. `out` receives the result without a new
+    allocation and records no gradient.
     """
     spec = read_spec(spec)
-    grid = range_arguments(spec)
-    if scale is None:
+    if scale is None and spec.has_scale:
         if zero_point is not None or minimum is not None:
             raise ValueError("zero_point and minimum need a scale; leave all three out to take the range from x")
-        return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **grid, out=out)
-    return ops.fake_quantize(x, scale, zero_point, minimum, qmin=grid["qmin"], qmax=grid["qmax"], out=out)
+        return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec), out=out)
+    parts = (block_scales(spec, x, scale), zero_point, minimum)
+    return ops.fake_quantize(x, *parts, **_grid(spec, x, codebook), out=out)
+
+
+def _grid(spec: QuantSpec, x: Tensor, codebook: Tensor | None) -> dict:
+    """The keyword arguments by which the ops know a grid whose parameters are given."""
+    element = spec.element
+    if isinstance(element, Codebook):
+        shape = (math.prod(spec.scale_shape(tuple(x.shape))), element.size)
+        if codebook is None or tuple(codebook.shape) != shape:
+            found = "none was given" if codebook is None else f"got {list(codebook.shape)}"
+            raise ValueError(
+                f"{spec} of x {list(x.shape)} needs codebook= of shape {list(shape)}; {found}. "
+                "quantize_tensor(..., solver='kmeans') chooses one"
+            )
+    elif codebook is not None:
+        raise ValueError(f"{spec} has no codebook; leave codebook= out")
+    return {"qmin": element.qmin, "qmax": element.qmax, **element_arguments(element, codebook)}
 
 
 class FakeQuantize(KeepsDtype):
     """Fake-quantizes what passes through it.
 
-    range="tensor": the range is taken from the tensor at each call, by min-max. Nothing is stored.
+    range="tensor": the range is taken from the tensor at each call, by the spec's rule. Nothing is stored.
     range="observer": `observer` sees each tensor while `observing` is true (in training mode); its
     range is used. With observing off the buffers scale, zero_point, minimum are used as they are.
     """
@@ -61,6 +80,10 @@ class FakeQuantize(KeepsDtype):
         if observer is not None and range == "tensor":
             raise ValueError("an observer is used with range='observer' only")
         self.spec = read_spec(spec)
+        if isinstance(self.spec.element, Codebook):
+            raise ValueError(f"a FakeQuantize keeps no codebook for {self.spec}; use fake_quantize(..., codebook=)")
+        if range == "observer" and not self.spec.has_scale:
+            raise ValueError(f"{self.spec} has no scale to observe; use range='tensor'")
         self.range = range
         self.observing = range == "observer"
         self.observer = (observer or MinMaxObserver(self.spec)) if range == "observer" else None
@@ -115,18 +138,30 @@ class FakeQuantize(KeepsDtype):
 
 
 def encode(
-    x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None
+    x: Tensor,
+    spec: QuantSpec,
+    scale: Tensor | None,
+    zero_point: Tensor | None = None,
+    minimum: Tensor | None = None,
+    codebook: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Codes of x on a known grid."""
-    codes = ops.quantize(x.detach(), scale, zero_point, minimum, qmin=spec.element.qmin, qmax=spec.element.qmax)
-    return QuantizedTensor(codes.contiguous(), scale.detach().clone(), zero_point, minimum, spec)
+    """Codes of x on a known grid: the nearest level of each value. `codebook` [blocks, size] must ascend."""
+    if codebook is not None and bool((codebook.diff(dim=1) < 0).any()):
+        raise ValueError("the levels of a codebook must ascend; sort each row")
+    scales = block_scales(spec, x, scale)
+    codes = ops.quantize(x.detach(), scales, zero_point, minimum, **_grid(spec, x, codebook))
+    kept = scale.detach().clone() if scale is not None else None
+    return QuantizedTensor(codes.contiguous(), kept, zero_point, minimum, spec, codebook)
 
 
 def encode_dynamic(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """Codes of x on the grid of each block's min-max range, found and used in one pass over memory.
+    """Codes of x with the scale that the spec's rule finds in each block, in one pass over memory.
 
-    The scale of a block that holds a value that is not finite is NaN.
+    The scale of a block that holds a value that is not finite is NaN. ValueError for a Codebook, whose
+    levels no such rule gives.
     """
+    if isinstance(spec.element, FixedPoint):
+        return encode(x, spec, None)
     codes, scale, zero_point, minimum = ops.quantize_dynamic(
         x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec)
     )

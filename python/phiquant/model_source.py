@@ -54,13 +54,10 @@ class ModelSource:
         whole = self._codes[entry.module]
         if rows.indices(entry.shape[0]) == (0, entry.shape[0], 1):
             return whole
-        return QuantizedTensor(
-            whole.codes[rows],
-            whole.scales[rows],
-            None if whole.zero_points is None else whole.zero_points[rows],
-            None if whole.minimums is None else whole.minimums[rows],
-            whole.spec,
+        scales, zero_points, minimums = (
+            None if part is None else part[rows] for part in (whole.scales, whole.zero_points, whole.minimums)
         )
+        return QuantizedTensor(whole.codes[rows], scales, zero_points, minimums, whole.spec, whole.codebook)
 
     def _entry(self, name: str, shape: tuple[int, ...], float_dtype: FloatName | None) -> Entry:
         value = self._parameters.get(name)

@@ -54,19 +54,20 @@ class StoredCodes(KeepsDtype):
     """The codes and parameters of one weight, as buffers that keep their dtype when the model changes its own."""
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     zero_points: torch.Tensor | None
     minimums: torch.Tensor | None
+    codebook: torch.Tensor | None
 
     def __init__(self, quantized: QuantizedTensor) -> None:
         super().__init__()
         self.spec: QuantSpec = quantized.spec
-        for name in ("codes", "scales", "zero_points", "minimums"):
+        for name in ("codes", "scales", "zero_points", "minimums", "codebook"):
             self.register_buffer(name, getattr(quantized, name))
 
     @property
     def quantized(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scales, self.zero_points, self.minimums, self.spec)
+        return QuantizedTensor(self.codes, self.scales, self.zero_points, self.minimums, self.spec, self.codebook)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, shape={list(self.codes.shape)}"

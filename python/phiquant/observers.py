@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .spec import QuantSpec
+from .spec import Codebook, FixedPoint, QuantSpec
 from .spec import spec as read_spec
+from .tensor import element_arguments
 
 
 class KeepsDtype(nn.Module):
@@ -67,6 +68,10 @@ class MinMaxObserver(KeepsDtype):
 
     def parameters_of_range(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(scale, zero_point, minimum) of the range seen. RuntimeError if nothing was."""
+        if self.spec.anchor in ("absmean", "twn"):
+            raise ValueError(
+                f"the scale of {self.spec} is a mean of |x|, which no range gives; use FakeQuantize with range='tensor'"
+            )
         if not self.seen:
             raise RuntimeError("the observer has seen no values yet; run some batches through it first")
         return ops.range_from_min_max(self.lo, self.hi, **range_arguments(self.spec))
@@ -121,11 +126,19 @@ class EmaObserver(MinMaxObserver):
 
 
 def range_arguments(spec: QuantSpec) -> dict:
-    """The keyword arguments by which the ops know a spec's grid."""
+    """The keyword arguments by which the ops know a spec's grid and the rule of its scales.
+
+    ValueError for elements whose grid no range decides: fixed point and codebooks.
+    """
+    element = spec.element
+    if not spec.has_scale:
+        raise ValueError(f"the grid of {spec} does not depend on a range: {_WITHOUT_RANGE[type(element)]}")
     rule = spec.anchor if spec.offset == "none" else spec.offset
-    return {
-        "qmin": spec.element.qmin,
-        "qmax": spec.element.qmax,
-        "rule": rule,
-        "scale_dtype": getattr(torch, spec.scale_dtype),
-    }
+    known = {"qmin": element.qmin, "qmax": element.qmax, "rule": rule, "scale_dtype": getattr(torch, spec.scale_dtype)}
+    return known | element_arguments(element)
+
+
+_WITHOUT_RANGE: dict[type, str] = {
+    FixedPoint: "its step is fixed",
+    Codebook: "its levels are chosen by k-means (solver='kmeans'), or given as codebook=",
+}

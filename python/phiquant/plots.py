@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .extras import need
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, element_arguments
 
 FLOAT_COLOR, CODES_COLOR = "#9aa5b1", "#0b6e99"
 CYCLE = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a")
@@ -22,6 +22,8 @@ def block_on_grid(
     Returns the axes. ValueError if the row or block does not exist.
     """
     axes = _axes(ax, (9, 3.2))
+    if quantized.scales is None:
+        raise ValueError(f"{quantized.spec} has no blocks with scales to draw; plots.levels draws an element")
     blocks = quantized.scales.shape[1]
     if not (0 <= row < weight.shape[0] and 0 <= block < blocks):
         raise ValueError(f"row {row}, block {block}: the tensor has {weight.shape[0]} rows of {blocks} blocks")
@@ -101,6 +103,7 @@ def _grid(quantized: QuantizedTensor, row: int, block: int) -> list[float]:
     from . import ops
 
     element = quantized.spec.element
+    assert quantized.scales is not None  # block_on_grid checked it
     codes = torch.arange(element.qmin, element.qmax + 1, dtype=quantized.codes.dtype)[None]
     rows = row if quantized.scales.shape[0] > 1 else 0
 
@@ -108,7 +111,8 @@ def _grid(quantized: QuantizedTensor, row: int, block: int) -> list[float]:
         return None if values is None else values[rows : rows + 1, block : block + 1].contiguous()
 
     scale = quantized.scales[rows : rows + 1, block : block + 1].contiguous()
-    return ops.dequantize(codes, scale, one(quantized.zero_points), one(quantized.minimums))[0].tolist()
+    offsets = (one(quantized.zero_points), one(quantized.minimums))
+    return ops.dequantize(codes, scale, *offsets, **element_arguments(element))[0].tolist()
 
 
 def _axes(ax: Any, figsize: tuple[float, float]) -> Any:

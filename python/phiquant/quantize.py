@@ -143,6 +143,7 @@ def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> FakeQuant
     else:
         quantizer.observing = False
         chosen = quantize_tensor(weight.detach().cpu(), spec, solver="mse")  # the search runs on the CPU
+        assert chosen.scales is not None  # FakeQuantize observes only specs with scales
         quantizer.set_range(chosen.scales, chosen.zero_points, chosen.minimums)
     return quantizer.to(weight.device)
 

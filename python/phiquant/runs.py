@@ -19,7 +19,7 @@ from .spec import spec
 from .tensor import QuantizedTensor
 
 STATE, FACTS = "model.safetensors", "run.json"
-_PARTS = ("codes", "scales", "zero_points", "minimums")
+_PARTS = ("codes", "scales", "zero_points", "minimums", "codebook")
 
 
 def save(model: Any, source: str, folder: Path, **facts: Any) -> None:
@@ -66,9 +66,9 @@ def restore(folder: Path) -> tuple[Any, Any]:
     modules = dict(model.named_modules())
     for name, text in facts["specs"].items():
         parts = [state.pop(f"{name}.weight_quantizer.{part}", None) for part in _PARTS]
-        if name not in modules or parts[0] is None or parts[1] is None:
+        if name not in modules or parts[0] is None:
             raise PhiquantError(f"{folder}: the run lists {name}, which its model or its state does not have")
-        quantized = QuantizedTensor(parts[0], parts[1], parts[2], parts[3], spec(text))
+        quantized = QuantizedTensor(parts[0], parts[1], parts[2], parts[3], spec(text), parts[4])
         dtype = modules[name].weight.dtype
         to_quantized(modules[name], quantized, torch.nn.Parameter(quantized.dequantize(dtype), requires_grad=False))
         state.pop(f"{name}.weight", None)

@@ -2,7 +2,7 @@
 
 A `QuantSpec` is a frozen value. It determines the grid completely: the same spec gives the same
 codes in the solvers, in training and in every file. A `Target` is a named spec of a deployment
-format. This module imports nothing of phiquant and no torch.
+format. This module imports only the elements, and no torch.
 """
 
 from __future__ import annotations
@@ -13,35 +13,42 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from .elements import Binary, Codebook, Element, FixedPoint, Float, Int, NormalFloat, Ternary, read_element
+
+__all__ = [
+    "FLOAT_BITS",
+    "TARGETS",
+    "Anchor",
+    "Binary",
+    "Codebook",
+    "Element",
+    "FixedPoint",
+    "Float",
+    "FloatName",
+    "Granularity",
+    "Int",
+    "NormalFloat",
+    "Offset",
+    "PerChannel",
+    "PerGroup",
+    "PerRows",
+    "PerTensor",
+    "PerToken",
+    "QuantSpec",
+    "Shape",
+    "Target",
+    "Ternary",
+    "spec",
+    "target",
+    "with_bits",
+]
+
 Shape = tuple[int, ...]
 FloatName = Literal["float32", "float16", "bfloat16"]
 Offset = Literal["none", "zero_point", "minimum"]
-Anchor = Literal["absmax", "signed_absmax"]
+Anchor = Literal["absmax", "signed_absmax", "absmean", "twn"]
 
 FLOAT_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
-
-
-@dataclass(frozen=True)
-class Int:
-    """An integer code of 2 to 8 bits, two's complement if signed."""
-
-    bits: int
-    signed: bool = True
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"an integer code has 2 to 8 bits, not {self.bits}")
-
-    @property
-    def qmin(self) -> int:
-        return -(1 << (self.bits - 1)) if self.signed else 0
-
-    @property
-    def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
-
-    def __str__(self) -> str:
-        return f"{'int' if self.signed else 'uint'}{self.bits}"
 
 
 @dataclass(frozen=True)
@@ -84,37 +91,86 @@ class PerToken:
         return "token"
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerToken
+@dataclass(frozen=True)
+class PerRows:
+    """One scale or codebook per `rows` consecutive indices of the first axis. Shape [N, K] -> [N / rows, 1]."""
+
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"a group of rows has at least one row, not {self.rows}")
+
+    def __str__(self) -> str:
+        return "row" if self.rows == 1 else f"rows{self.rows}"
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerToken | PerRows
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """The grid of a tensor.
 
-    offset: "none", r = s q; "zero_point", r = s (q - z) with integer z; "minimum", r = s q + m.
-    anchor: how a range without offset becomes a scale. "absmax": s = max|x| / qmax.
-        "signed_absmax": s = x* / qmin, x* the value of largest magnitude with its sign; s may be
-        negative and the extreme value is held exactly (the rule of llama.cpp's Q4_0).
-    scale_dtype: how s (and m) are stored. The stored, rounded value is the grid.
+    offset: "none", r = s q; "zero_point", r = s (q - z) with integer z; "minimum", r = s q + m. Only
+        integer elements have one.
+    anchor: how the values of a block become a scale. "absmax": s = max|x| / the largest level.
+        "signed_absmax" (integers): s = x* / qmin, x* the value of largest magnitude with its sign; s
+        may be negative and the extreme value is held exactly (the rule of llama.cpp's Q4_0).
+        Binary always has "absmean": s = mean|x|. Ternary has "twn" unless told otherwise: the codes are
+        not 0 where |x| > 0.7 mean|x|, s = the mean of those |x|; or "absmean" (BitNet b1.58):
+        s = mean|x|, the nearest code.
+    scale_dtype: how s (and m, and the levels of a codebook) are stored. The stored, rounded value is the grid.
+
+    FixedPoint and Codebook have no scale: their step is fixed, their levels are stored.
     """
 
-    element: Int
+    element: Element
     granularity: Granularity
     offset: Offset = "none"
     scale_dtype: FloatName = "float32"
     anchor: Anchor = "absmax"
 
     def __post_init__(self) -> None:
-        if self.anchor == "signed_absmax" and (self.offset != "none" or not self.element.signed):
-            raise ValueError("signed_absmax anchors a signed grid without offset")
-        if self.offset == "minimum" and self.element.signed:
-            raise ValueError(f"a minimum is the value of code 0, so codes are unsigned; use u{self.element}")
-        if self.offset == "none" and not self.element.signed:
-            raise ValueError(
-                f"{self.element} without an offset holds no negative value; use 'asym', or a signed element"
-            )
+        own: dict[type, Anchor] = {Binary: "absmean", Ternary: "twn"}
+        if type(self.element) in own and self.anchor == "absmax":
+            object.__setattr__(self, "anchor", own[type(self.element)])
+        if problem := self._problem():
+            raise ValueError(problem)
+
+    def _problem(self) -> str:
+        """Why these parts do not make a grid, or ""."""
+        element = self.element
         if self.scale_dtype not in FLOAT_BITS:
-            raise ValueError(f"scale_dtype is one of {', '.join(FLOAT_BITS)}, not {self.scale_dtype!r}")
+            return f"scale_dtype is one of {', '.join(FLOAT_BITS)}, not {self.scale_dtype!r}"
+        if not isinstance(element, Int) and self.offset != "none":
+            return f"{element} has no offset; only integers take 'asym' or 'min'"
+        if self.anchor == "absmean" and not isinstance(element, Binary | Ternary):
+            return f"'absmean' is a rule of binary and ternary, not of {element}"
+        if self.anchor == "twn" and not isinstance(element, Ternary):
+            return f"'twn' is a rule of ternary, not of {element}"
+        if isinstance(element, FixedPoint) and self.granularity != PerTensor():
+            return f"the step of {element} is fixed, so its granularity is 'tensor', not '{self.granularity}'"
+        if isinstance(element, Codebook) and not isinstance(self.granularity, PerTensor | PerRows | PerGroup):
+            return f"a codebook is per tensor, row, rows<n> or group, not per {self.granularity}"
+        if self.anchor == "signed_absmax" and (self.offset != "none" or not isinstance(element, Int)):
+            return "signed_absmax anchors a signed grid of integers without offset"
+        if not isinstance(element, Int):
+            return ""
+        if self.anchor == "signed_absmax" and not element.signed:
+            return "signed_absmax anchors a signed grid without offset"
+        if self.offset == "minimum" and element.signed:
+            return f"a minimum is the value of code 0, so codes are unsigned; use u{element}"
+        if self.offset == "none" and not element.signed:
+            return f"{element} without an offset holds no negative value; use 'asym', or a signed element"
+        if self.offset == "none" and element.qmax == 0 and self.anchor == "absmax":
+            return f"{element} has the codes -1 and 0, so 'sym' has no largest level; use 'binary', 'signmax' or 'asym'"
+        return ""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether scales are stored: not for fixed point, nor for codebooks."""
+        return not isinstance(self.element, FixedPoint | Codebook)
 
     @property
     def symmetric(self) -> bool:
@@ -133,6 +189,10 @@ class QuantSpec:
                 return tuple(n if i == axis else 1 for i, n in enumerate(shape))
             case PerToken():
                 return (*shape[:-1], 1)
+            case PerRows(rows):
+                if not shape or shape[0] % rows:
+                    raise ValueError(f"{rows} rows do not divide the first dimension of shape {list(shape)}")
+                return (shape[0] // rows, *(1 for _ in shape[1:]))
             case PerGroup(size):
                 if not shape or shape[-1] % size:
                     last = shape[-1] if shape else 0
@@ -149,20 +209,28 @@ class QuantSpec:
         return math.prod(shape) // scales if scales else 0
 
     def bits_per_weight(self, shape: Shape) -> float:
-        """Stored bits per value: code, scale and offset."""
+        """Stored bits per value: code, scale and offset, or the levels of its codebook."""
         per_block: float = FLOAT_BITS[self.scale_dtype]
-        if self.offset == "zero_point":
+        if isinstance(self.element, FixedPoint):
+            per_block = 0
+        elif isinstance(self.element, Codebook):
+            per_block *= self.element.size
+        elif self.offset == "zero_point":
             per_block += self.element.bits
         elif self.offset == "minimum":
             per_block *= 2
         return self.element.bits + per_block / self.block_size(shape)
 
     def __str__(self) -> str:
-        kind = {"none": "sym", "zero_point": "asym", "minimum": "min"}[self.offset]
+        kind = {"none": "-sym", "zero_point": "-asym", "minimum": "-min"}[self.offset]
         if self.anchor == "signed_absmax":
-            kind = "signmax"
+            kind = "-signmax"
+        elif self.anchor == "absmean" and isinstance(self.element, Ternary):
+            kind = "-absmean"
+        elif not self.has_scale:
+            kind = ""
         scale = {"float32": "", "float16": "-f16", "bfloat16": "-bf16"}[self.scale_dtype]
-        return f"{self.element}-{self.granularity}-{kind}{scale}"
+        return f"{self.element}-{self.granularity}{kind}{scale}"
 
 
 @dataclass(frozen=True)
@@ -199,10 +267,12 @@ TARGETS = _targets(
 )  # fmt: skip
 
 _SPEC_TEXT = re.compile(
-    r"(?P<sign>u?)int(?P<bits>\d+)-(?P<grain>tensor|channel\d*|token|g(?P<group>\d+))"
-    r"-(?P<kind>sym|signmax|asym|min)(?:-(?P<scale>f32|f16|bf16))?"
+    r"(?P<element>[a-z0-9_.]+)(?:-(?P<grain>tensor|channel\d*|token|row|rows\d+|g\d+))?"
+    r"(?:-(?P<kind>sym|signmax|asym|min|absmean))?(?:-(?P<scale>f32|f16|bf16))?"
 )
 _SCALE_DTYPE: dict[str | None, FloatName] = {None: "float32", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_OFFSET: dict[str | None, Offset] = {"asym": "zero_point", "min": "minimum"}
+_ANCHOR: dict[str | None, Anchor] = {"signmax": "signed_absmax", "absmean": "absmean"}
 
 
 def target(name: str) -> Target:
@@ -213,11 +283,14 @@ def target(name: str) -> Target:
 
 
 def spec(text: str | QuantSpec | Target) -> QuantSpec:
-    """Read a spec: a target's name, or `[u]int<bits>-<granularity>-<kind>[-<scale>]`.
+    """Read a spec: a target's name, or `<element>-<granularity>-<kind>[-<scale>]`.
 
-    granularity: tensor, channel, channel1, token, g32 ...; kind: sym, signmax (symmetric, anchored
-    on the signed extreme), asym (integer zero point), min (float minimum); scale: f32 (default),
-    f16, bf16. Examples: "int4-g32-sym", "uint4-g64-asym", "int8-channel-sym", "gguf:Q4_0".
+    element: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, fp4_e1m2, fp4_e3m0, nf4, binary,
+    ternary, q<m>.<n> (fixed point), codebook2..codebook256; granularity: tensor, channel, channel1,
+    token, row, rows8, g32 ...; kind: sym, signmax (symmetric, anchored on the signed extreme), asym
+    (integer zero point), min (float minimum), absmean (of ternary), none for fixed point and
+    codebooks; scale: f32 (default), f16, bf16. Examples: "int4-g32-sym", "uint4-g64-asym",
+    "fp8_e4m3-channel-sym", "nf4-g64-sym", "binary-channel-sym", "codebook16-row", "q3.4", "gguf:Q4_0".
     """
     if isinstance(text, QuantSpec):
         return text
@@ -230,32 +303,48 @@ def spec(text: str | QuantSpec | Target) -> QuantSpec:
         return spec(target(text))
     found = _SPEC_TEXT.fullmatch(text)
     if found is None:
-        raise ValueError(
-            f"cannot read spec {text!r}; expected a target's name ({', '.join(TARGETS)}) or "
-            "[u]int<bits>-<tensor|channel|token|g<size>>-<sym|signmax|asym|min>[-<f32|f16|bf16>], "
-            "such as 'int4-g32-sym'"
-        )
-    grain = found["grain"]
-    granularity: Granularity
-    if found["group"]:
-        granularity = PerGroup(int(found["group"]))
-    elif grain == "tensor":
-        granularity = PerTensor()
-    elif grain == "token":
-        granularity = PerToken()
-    else:
-        granularity = PerChannel(int(grain.removeprefix("channel") or 0))
-    kind = found["kind"]
-    offset: Offset = "zero_point" if kind == "asym" else "minimum" if kind == "min" else "none"
+        raise _unreadable(text)
+    try:
+        element = read_element(found["element"])
+    except ValueError as error:
+        raise _unreadable(text, str(error)) from error
+    needs_kind = not isinstance(element, FixedPoint | Codebook)
+    if needs_kind != bool(found["kind"]) or not (found["grain"] or isinstance(element, FixedPoint)):
+        raise _unreadable(text)
     return QuantSpec(
-        element=Int(int(found["bits"]), signed=not found["sign"]),
-        granularity=granularity,
-        offset=offset,
+        element=element,
+        granularity=_granularity(found["grain"] or "tensor"),
+        offset=_OFFSET.get(found["kind"], "none"),
         scale_dtype=_SCALE_DTYPE[found["scale"]],
-        anchor="signed_absmax" if kind == "signmax" else "absmax",
+        anchor=_ANCHOR.get(found["kind"], "absmax"),
+    )
+
+
+def _granularity(text: str) -> Granularity:
+    word = text.rstrip("0123456789")
+    number = int(text[len(word) :] or -1)
+    match word:
+        case "tensor":
+            return PerTensor()
+        case "token":
+            return PerToken()
+        case "channel":
+            return PerChannel(max(number, 0))
+        case "g":
+            return PerGroup(number)
+    return PerRows(1 if word == "row" else number)
+
+
+def _unreadable(text: str, reason: str = "") -> ValueError:
+    return ValueError(
+        f"cannot read spec {text!r}{': ' if reason else ''}{reason}; expected a target's name "
+        f"({', '.join(TARGETS)}) or <element>-<tensor|channel|token|row|rows<n>|g<size>>-<sym|signmax|asym|min|absmean>"
+        "[-<f32|f16|bf16>], such as 'int4-g32-sym', 'fp8_e4m3-channel-sym', 'nf4-g64-sym', 'codebook16-row' or 'q3.4'"
     )
 
 
 def with_bits(base: QuantSpec, bits: int) -> QuantSpec:
-    """The same grid rule with codes of another width: 3 bits inside Q4_0's container, for instance."""
+    """The same grid rule with integer codes of another width: 3 bits inside Q4_0's container, for instance."""
+    if not isinstance(base.element, Int):
+        raise ValueError(f"{base.element} has no other widths; only integers have")
     return dataclasses.replace(base, element=dataclasses.replace(base.element, bits=bits))

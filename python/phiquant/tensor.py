@@ -6,50 +6,59 @@ This is the only thing a format writer sees. It can be decoded and digested, nev
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import ops
-from .spec import QuantSpec
+from .spec import Binary, Codebook, Element, FixedPoint, Float, NormalFloat, QuantSpec
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """Integer codes on the grid of `spec`.
+    """Codes on the grid of `spec`.
 
     codes: int8 (signed element) or uint8, the shape of the weight.
-    scales: `spec.scale_dtype`, shape `spec.scale_shape(codes.shape)`: the values as stored.
+    scales: `spec.scale_dtype`, shape `spec.scale_shape(codes.shape)`: the values as stored. None for
+        fixed point and codebooks, which have no scale.
     zero_points: int32, shape of `scales`, or None unless spec.offset is "zero_point".
     minimums: dtype and shape of `scales`, or None unless spec.offset is "minimum".
+    codebook: `spec.scale_dtype` [blocks, element.size], the levels of each block, ascending; None unless
+        the element is a Codebook. Blocks are in the order of `spec.scale_shape`, row-major.
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor
+    scales: torch.Tensor | None
     zero_points: torch.Tensor | None
     minimums: torch.Tensor | None
     spec: QuantSpec
+    codebook: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
         expected = spec.scale_shape(tuple(self.codes.shape))
         code_dtype = torch.int8 if spec.element.signed else torch.uint8
-        scale_dtype = getattr(torch, spec.scale_dtype)
         if self.codes.dtype != code_dtype:
             raise ValueError(f"codes of {spec} are {code_dtype}, got {self.codes.dtype}")
-        if tuple(self.scales.shape) != expected or self.scales.dtype != scale_dtype:
-            raise ValueError(
-                f"scales of {spec} for shape {list(self.codes.shape)} are {scale_dtype} "
-                f"{list(expected)}, got {self.scales.dtype} {list(self.scales.shape)}"
-            )
+        has_codebook = isinstance(spec.element, Codebook)
         for name, value, wanted in (
-            ("zero_points", self.zero_points, "zero_point"),
-            ("minimums", self.minimums, "minimum"),
+            ("scales", self.scales, spec.has_scale),
+            ("zero_points", self.zero_points, spec.offset == "zero_point"),
+            ("minimums", self.minimums, spec.offset == "minimum"),
+            ("codebook", self.codebook, has_codebook),
         ):
-            if (value is not None) != (spec.offset == wanted):
-                raise ValueError(f"{name} must be given exactly when the offset is {wanted!r}; it is {spec.offset!r}")
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"{name} must have shape {list(expected)}, got {list(value.shape)}")
+            if (value is not None) != wanted:
+                raise ValueError(f"{name} must {'' if wanted else 'not '}be given for {spec}")
+            shape = (math.prod(expected), spec.element.qmax + 1) if name == "codebook" else expected
+            dtype = torch.int32 if name == "zero_points" else getattr(torch, spec.scale_dtype)
+            wrong_dtype = name in ("scales", "codebook") and value is not None and value.dtype != dtype
+            if value is not None and (tuple(value.shape) != shape or wrong_dtype):
+                raise ValueError(
+                    f"{name} of {spec} for shape {list(self.codes.shape)} are {dtype} {list(shape)}, "
+                    f"got {value.dtype} {list(value.shape)}"
+                )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,20 +66,39 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The real values of the codes, computed in float32, in the shape of the weight."""
-        return ops.dequantize(self.codes, self.scales, self.zero_points, self.minimums, dtype=dtype)
+        scales = block_scales(self.spec, self.codes, self.scales)
+        parts = (self.codes, scales, self.zero_points, self.minimums)
+        return ops.dequantize(*parts, **element_arguments(self.spec.element, self.codebook), dtype=dtype)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the codes and of the parameters as stored: what a receipt lists.
 
         codes: one byte per value, row-major. parameters: bytes of the scales, then of the zero
-        points (int32) or minimums, row-major, little endian.
+        points (int32) or minimums, or of the codebook alone; row-major, little endian.
         """
-        parameters = hashlib.sha256(_raw(self.scales))
-        for extra in (self.zero_points, self.minimums):
-            if extra is not None:
-                parameters.update(_raw(extra))
+        parameters = hashlib.sha256()
+        for part in (self.scales, self.zero_points, self.minimums, self.codebook):
+            if part is not None:
+                parameters.update(_raw(part))
         return {"codes": hashlib.sha256(_raw(self.codes)).hexdigest(), "parameters": parameters.hexdigest()}
 
 
 def _raw(t: torch.Tensor) -> memoryview:
     return t.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data
+
+
+def element_arguments(element: Element, codebook: torch.Tensor | None = None) -> dict[str, Any]:
+    """The keyword arguments by which the ops know how codes that are not plain integers are read."""
+    if isinstance(element, Float):
+        return {"format": element.format}
+    if isinstance(element, NormalFloat | Binary | Codebook):
+        return {"format": "table", "levels": element.levels if codebook is None else codebook}
+    return {}
+
+
+def block_scales(spec: QuantSpec, x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """The scales as the ops take them: the fixed step of fixed point, 1 for the blocks of a codebook."""
+    if scales is not None:
+        return scales
+    step = spec.element.step if isinstance(spec.element, FixedPoint) else 1.0
+    return torch.full(spec.scale_shape(tuple(x.shape)), step, dtype=torch.float32, device=x.device)

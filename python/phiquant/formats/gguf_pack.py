@@ -48,6 +48,8 @@ def type_for(name: str, spec: QuantSpec, shape: tuple[int, ...]) -> GGMLType:
 
 def _misfit(spec: QuantSpec, kind: GGMLType) -> str:
     """Why `kind` cannot hold `spec`, or ""."""
+    if not isinstance(spec.element, Int):
+        return f"its blocks hold integers, not {spec.element}"
     if spec.offset == "zero_point":
         return "it has no integer zero points, and s * z rounded to float16 would be another grid"
     if spec.offset == "minimum" and (spec.element.signed or spec.element.bits > 4):
@@ -67,10 +69,12 @@ def _nearest(spec: QuantSpec) -> QuantSpec:
     coarse = isinstance(spec.granularity, PerGroup) and spec.granularity.size % BLOCK == 0
     kept = coarse or spec.granularity in (PerTensor(), PerChannel(0))
     granularity = spec.granularity if kept else PerGroup(BLOCK)
+    bits = spec.element.bits
+    if not isinstance(spec.element, Int):
+        return QuantSpec(Int(4 if bits <= 4 else 8), granularity, scale_dtype="float16")
     near = dataclasses.replace(spec, scale_dtype="float16", granularity=granularity)
     if spec.offset == "none":
         return near
-    bits = spec.element.bits
     if bits <= 4:
         return dataclasses.replace(near, element=Int(bits, signed=False), offset="minimum")
     return dataclasses.replace(near, element=Int(bits), offset="none")
@@ -79,6 +83,7 @@ def _nearest(spec: QuantSpec) -> QuantSpec:
 def pack(name: str, piece: QuantizedTensor, kind: GGMLType) -> np.ndarray:
     """The bytes of some rows [N, K] of tensor `name` in `kind`: uint8 [N * K/32 * kind.block_bytes]."""
     codes = piece.codes.contiguous().numpy().reshape(-1)
+    assert piece.scales is not None  # type_for accepts integers only
     scales = _per_block(name, piece.scales, piece.shape)
     if kind is Q4_0:
         return _C.pack_q4_0(codes, scales)

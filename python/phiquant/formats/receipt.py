@@ -39,11 +39,12 @@ class TensorDigest:
 
     def __init__(self) -> None:
         self._codes, self._values = hashlib.sha256(), hashlib.sha256()
-        self._parameters: list[list[torch.Tensor]] = [[], [], []]
+        self._parameters: list[list[torch.Tensor]] = [[], [], [], []]
 
     def add_codes(self, piece: QuantizedTensor) -> None:
         self._codes.update(raw(piece.codes))
-        for kept, value in zip(self._parameters, (piece.scales, piece.zero_points, piece.minimums), strict=True):
+        parameters = (piece.scales, piece.zero_points, piece.minimums, piece.codebook)
+        for kept, value in zip(self._parameters, parameters, strict=True):
             if value is not None:
                 kept.append(value)
 

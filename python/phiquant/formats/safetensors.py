@@ -151,6 +151,7 @@ class _Writing:
             piece = self._source.read(entry, rows)
             if not isinstance(piece, QuantizedTensor) or piece.spec != entry.spec:
                 raise PhiquantError(f"{entry.name}: the source gave no codes on the grid {entry.spec}")
+            assert piece.scales is not None  # the layout accepts integers only
             if not bool(torch.isfinite(piece.scales).all()):
                 raise PhiquantError(f"{entry.name}: a scale is not finite; quantize this tensor again")
             self._digest.add_codes(piece)

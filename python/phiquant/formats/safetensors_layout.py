@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import PhiquantError
 from ..models import phi
-from ..spec import TARGETS, PerChannel, PerGroup, PerTensor, QuantSpec
+from ..spec import TARGETS, Int, PerChannel, PerGroup, PerTensor, QuantSpec
 from .source import Entry
 
 PACKED, PLAIN = "pack-quantized", "int-quantized"
@@ -193,6 +193,8 @@ def _offsets(stored: Sequence[Part], start: int) -> Iterator[tuple[Part, int]]:
 def _misfit(entry: Entry, spec: QuantSpec) -> str:
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
         return f"it holds the weights of linears and embeddings, and this one has shape {list(entry.shape)}"
+    if not isinstance(spec.element, Int):
+        return f"it stores grids of integers here, not {spec.element}"
     if spec.offset == "minimum":
         return "it has no float minimums"
     if spec.offset == "zero_point":

@@ -7,6 +7,7 @@ from .._extension import load
 load()  # before the families: they bind the ops that the extension registers
 
 from .affine import (  # noqa: E402
+    FORMATS,
     RULES,
     choose_range,
     dequantize,
@@ -21,6 +22,7 @@ from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits  # noqa: E402
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
 
 __all__ = [
+    "FORMATS",
     "RULES",
     "choose_range",
     "dequantize",

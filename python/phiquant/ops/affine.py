@@ -21,17 +21,64 @@ RULES = {
     "signed_absmax": composition.SIGNED_ABSMAX,
     "zero_point": composition.ZERO_POINT,
     "minimum": composition.MINIMUM,
+    "absmean": composition.ABSMEAN,
+    "twn": composition.TWN,
 }
+FORMATS = ("integer", "e4m3fn", "e5m2", "e2m1", "e1m2", "e3m0", "table")
+Levels = Tensor | Sequence[float]
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class _Interim:
+    """An element without a kernel of its own yet: computed by the composition."""
+
+    def __init__(self, name: str) -> None:
+        self.default = getattr(composition, name)
+
+
+def _op(name: str, codec: Any) -> Any:
+    return _Interim(name) if codec else getattr(_ops, name)
+
+
+def _codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
+    """How codes are read, as the ops take it; nothing for plain integers, their default."""
+    if format not in FORMATS:
+        raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
+    if (levels is not None) != (format == "table"):
+        raise ValueError("levels are given for format 'table' and for no other")
+    if levels is None:
+        return {} if format == "integer" else {"format": FORMATS.index(format)}
+    table = levels.detach() if isinstance(levels, Tensor) else torch.tensor([*levels], device=x.device)
+    table = table.float().reshape(-1, table.shape[-1]).contiguous()
+    return {"format": FORMATS.index(format), "levels": table}
+
+
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, minimum: Tensor | None = None, *, qmin: int, qmax: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    minimum: Tensor | None = None,
+    *,
+    qmin: int,
+    qmax: int,
+    format: str = "integer",
+    levels: Levels | None = None,
 ) -> Tensor:
-    """Codes of x, in its shape: int8 if qmin < 0, else uint8. NaN gets qmin; infinities the ends."""
+    """Codes of x, in its shape: int8 if qmin < 0, else uint8. NaN gets the lowest level; infinities the ends.
+
+    format: how codes are read, in all functions here. "integer": qmin..qmax. A float ("e4m3fn", "e5m2",
+    "e2m1", "e1m2", "e3m0"): bit patterns. "table": indices into `levels`, ascending, of shape [size] or
+    [1, size], or [blocks, size] where each block has its own (then blocks are consecutive values).
+    """
     axis = channel_axis(x.shape, scale.shape)
-    codes = _ops.quantize.default(
-        to_blocks(x, axis), flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax
+    codes = _op("quantize", _codec(format, levels, x)).default(
+        to_blocks(x, axis),
+        flat(scale),
+        flat_or_none(zero_point, minimum),
+        minimum is not None,
+        qmin,
+        qmax,
+        **_codec(format, levels, x),
     )
     return from_blocks(codes, axis)
 
@@ -42,15 +89,19 @@ def dequantize(
     zero_point: Tensor | None = None,
     minimum: Tensor | None = None,
     *,
+    format: str = "integer",
+    levels: Levels | None = None,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Values of int8 or uint8 codes: s (q - z), or s q + m, computed in float32, then cast to `dtype`."""
+    """Values of int8 or uint8 codes: s (q - z), s q + m or s level(q), computed in float32, then cast to `dtype`."""
     axis = channel_axis(codes.shape, scale.shape)
     blocks = to_blocks(codes, axis)
     direct = out if out is not None and axis is None and out.is_contiguous() else None
     result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
-    _ops.dequantize_out.default(blocks, flat(scale), flat_or_none(zero_point, minimum), minimum is not None, result)
+    offset = flat_or_none(zero_point, minimum)
+    codec = _codec(format, levels, codes)
+    _op("dequantize_out", codec).default(blocks, flat(scale), offset, minimum is not None, result, **codec)
     return deliver(result, axis, out)
 
 
@@ -62,6 +113,8 @@ def fake_quantize(
     *,
     qmin: int,
     qmax: int,
+    format: str = "integer",
+    levels: Levels | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """decode(encode(x)) in the dtype of x. Differentiable in x: the gradient passes where the code was
@@ -71,7 +124,8 @@ def fake_quantize(
     """
     axis = channel_axis(x.shape, scale.shape)
     arguments = (flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
-    return apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out)
+    codec = _codec(format, levels, x)
+    return apply(_op("fake_quantize", codec), _op("fake_quantize_out", codec), x, axis, arguments, out, codec)
 
 
 def fake_quantize_dynamic(
@@ -82,6 +136,8 @@ def fake_quantize_dynamic(
     qmax: int,
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
+    format: str = "integer",
+    levels: Levels | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`fake_quantize` with the range taken from x itself, found and used in one pass over memory.
@@ -90,7 +146,10 @@ def fake_quantize_dynamic(
     """
     axis = channel_axis(x.shape, scale_shape)
     arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
-    return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out)
+    codec = _codec(format, levels, x)
+    interim = codec or rule in ("absmean", "twn")
+    op, op_out = _op("fake_quantize_dynamic", interim), _op("fake_quantize_dynamic_out", interim)
+    return apply(op, op_out, x, axis, arguments, out, codec)
 
 
 def quantize_dynamic(
@@ -101,14 +160,22 @@ def quantize_dynamic(
     qmax: int,
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
+    format: str = "integer",
+    levels: Levels | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(codes, scale, zero_point, minimum): `choose_range` and `quantize` in one pass over memory.
 
     The scale of a block that holds a value that is not finite is NaN.
     """
     axis = channel_axis(x.shape, scale_shape)
-    codes, scale, offset = _ops.quantize_dynamic.default(
-        to_blocks(x.detach(), axis), block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype]
+    codes, scale, offset = _op("quantize_dynamic", _codec(format, levels, x) or rule in ("absmean", "twn")).default(
+        to_blocks(x.detach(), axis),
+        block_length(x.shape, scale_shape),
+        qmin,
+        qmax,
+        RULES[rule],
+        _STORAGE[scale_dtype],
+        **_codec(format, levels, x),
     )
     return from_blocks(codes, axis), *_parameters(scale, offset, rule, scale_dtype, scale_shape)
 
@@ -128,6 +195,8 @@ def choose_range(
     qmax: int,
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
+    format: str = "integer",
+    levels: Levels | None = None,
     mse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of each block of x, shape `scale_shape`, already rounded as stored.
@@ -140,17 +209,35 @@ def choose_range(
     # The search adds errors in a fixed order that torch's reductions do not keep. It is done once per
     # weight, so it runs in the kernel on the CPU and gives the same ranges on every device.
     values = x.detach().cpu() if mse else x.detach()
-    scale, offset = _ops.choose_range.default(
-        to_blocks(values, axis), block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype], mse
+    scale, offset = _op("choose_range", _codec(format, levels, x)).default(
+        to_blocks(values, axis),
+        block_length(x.shape, scale_shape),
+        qmin,
+        qmax,
+        RULES[rule],
+        _STORAGE[scale_dtype],
+        mse,
+        **_codec(format, levels, values),
     )
     return _parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
 
 
 def range_from_min_max(
-    lo: Tensor, hi: Tensor, *, qmin: int, qmax: int, rule: str, scale_dtype: torch.dtype = torch.float32
+    lo: Tensor,
+    hi: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+    format: str = "integer",
+    levels: Levels | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
-    scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    grid = (qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    scale, offset = _op("range_from_min_max", _codec(format, levels, lo)).default(
+        flat(lo), flat(hi), *grid, **_codec(format, levels, lo)
+    )
     return _parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 
@@ -167,7 +254,7 @@ def _parameters(
 
 
 @torch.library.register_fake("phiquant::quantize")
-def _(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int) -> Tensor:
+def _(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int, *_: Any) -> Tensor:
     return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8)
 
 
@@ -198,7 +285,7 @@ def _two_per_block(x: Tensor, block: int, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("phiquant::quantize_dynamic")
-def _(x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, block: int, qmin: int, qmax: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8), *_two_per_block(x, block)
 
 
@@ -241,7 +328,7 @@ def _dynamic_backward(ctx: Any, grad: Tensor) -> tuple:
 
     Float16 scales are left out: near their underflow they are rounded so coarsely that a value can.
     """
-    *_, rule, storage = ctx.arguments
+    _, _, _, rule, storage, *_ = ctx.arguments
     if rule == RULES["absmax"] and storage != _STORAGE[torch.float16]:
         return grad, *(None for _ in ctx.arguments)
     return _masked(ctx, grad)

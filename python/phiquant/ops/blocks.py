@@ -65,14 +65,16 @@ def flat_or_none(zero_point: Tensor | None, minimum: Tensor | None) -> Tensor | 
     return None if offset is None else flat(offset)
 
 
-def apply(op: Any, op_out: Any, x: Tensor, axis: int | None, arguments: tuple, out: Tensor | None) -> Tensor:
+def apply(
+    op: Any, op_out: Any, x: Tensor, axis: int | None, arguments: tuple, out: Tensor | None, named: dict[str, Any]
+) -> Tensor:
     """`op`, or with `out` its form that writes there, on x as blocks."""
     blocks = to_blocks(x, axis)
     if out is None:
-        return from_blocks(op.default(blocks, *arguments), axis)
+        return from_blocks(op.default(blocks, *arguments, **named), axis)
     check_out(x, out)
     direct = out if axis is None and out.is_contiguous() else torch.empty_like(blocks)
-    op_out.default(blocks, *arguments, direct)
+    op_out.default(blocks, *arguments, direct, **named)
     return deliver(direct, axis, out)
 
 

@@ -2,17 +2,71 @@
 
 The formulas are those of csrc/core/affine_ref.cpp and the results are the same bits. Arguments are
 those of csrc/ops/schemas.cpp: x holds blocks of consecutive values, scale and offset are float32
-[blocks]. Nothing here is called by name: importing the module registers it with the dispatcher.
+[blocks]; levels are float32 [1 or blocks, size]. Nothing here is called by name: importing the module
+registers it with the dispatcher.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 _TINY = torch.finfo(torch.float32).tiny
-ABSMAX, SIGNED_ABSMAX, ZERO_POINT, MINIMUM = range(4)
+ABSMAX, SIGNED_ABSMAX, ZERO_POINT, MINIMUM, ABSMEAN, TWN = range(6)
+INTEGER, TABLE = 0, 6
+
+
+class _Float(NamedTuple):
+    """csrc/core/types.h: kMinifloats."""
+
+    exponent: int
+    fraction: int
+    emin: int
+    largest: float
+    reach: float
+    has_infinity: bool = False
+
+
+_FLOATS = {
+    1: _Float(4, 3, -6, 448.0, 464.0),
+    2: _Float(5, 2, -14, 57344.0, 61439.99609375, True),
+    3: _Float(2, 1, 0, 6.0, 6.999999523162842),
+    4: _Float(1, 2, 1, 3.5, 3.749999761581421),
+    5: _Float(3, 0, -2, 16.0, 23.999998092651367),
+}
+
+
+class _Grid(NamedTuple):
+    """The blocks' parameters as columns, float32 [blocks, 1], and how codes are read."""
+
+    scale: Tensor
+    inverse: Tensor
+    offset: Tensor
+    minimum: bool
+    qmin: int = 0
+    qmax: int = 0
+    format: int = INTEGER
+    levels: Tensor | None = None  # [1 or blocks, size]
+
+
+def _grid(
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    qmin: int = 0,
+    qmax: int = 0,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> _Grid:
+    s = scale.reshape(-1, 1)
+    o = torch.zeros_like(s) if offset is None else offset.reshape(-1, 1)
+    inv = _inverse(s) if inverse is None else inverse.reshape(-1, 1)
+    return _Grid(s, inv, o, minimum, qmin, qmax, format, levels)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -25,49 +79,152 @@ def _clamp(v: Tensor, lo: float, hi: float) -> Tensor:
     return torch.where(v < hi, v, hi)
 
 
-def _unclamped(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounded codes before the clamp, with scale and offset as columns; all float32 [blocks, block]."""
-    blocks = scale.numel()
-    rows = x.reshape(blocks, -1).float()
-    s = scale.reshape(blocks, 1)
-    o = torch.zeros_like(s) if offset is None else offset.reshape(blocks, 1)
-    inv = _inverse(s)
-    v = torch.round((rows - o) * inv) if minimum else torch.round(rows * inv) + o
-    return v, s, o
+def _rows(x: Tensor, grid: _Grid) -> Tensor:
+    return x.reshape(len(grid.scale), -1).float()
 
 
-def _decode(q: Tensor, s: Tensor, o: Tensor, minimum: bool) -> Tensor:
-    return s * q + o if minimum else s * (q - o)
+def _position(x: Tensor, grid: _Grid) -> Tensor:
+    """Where the mask of the gradient looks, [blocks, block]: integers rounded, others x / s, before any clamp."""
+    rows = _rows(x, grid)
+    if grid.format != INTEGER:
+        return rows * grid.inverse
+    if grid.minimum:
+        return torch.round((rows - grid.offset) * grid.inverse)
+    return torch.round(rows * grid.inverse) + grid.offset
 
 
-def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int) -> Tensor:
-    v, _, _ = _unclamped(x, scale, offset, minimum)
-    return _clamp(v, qmin, qmax).to(torch.int8 if qmin < 0 else torch.uint8).reshape(x.shape)
+def _codes(x: Tensor, grid: _Grid) -> Tensor:
+    """The codes of x, [blocks, block]: floats with integer values (a zero keeps its sign), else integers."""
+    position = _position(x, grid)
+    if grid.format == INTEGER:
+        return _clamp(position, grid.qmin, grid.qmax)
+    if grid.format == TABLE:
+        bounds = _bounds(grid.levels, len(position))
+        found = torch.searchsorted(bounds, position.contiguous(), right=True, out_int32=True)
+        return torch.where(position.isnan(), 0, found)
+    f = _FLOATS[grid.format]
+    t = _clamp(position, -f.largest, f.largest)
+    magnitude = t.abs()
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(2.0**f.emin)
+    shift = power * 2.0 ** (23 - f.fraction)
+    rounded = (magnitude + shift) - shift
+    bits = (rounded * 2.0 ** (-126 - f.emin)).view(torch.int32) >> (23 - f.fraction)
+    return bits | (t.view(torch.int32) < 0).int() << (f.exponent + f.fraction)
 
 
-def dequantize_out(codes: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, out: Tensor) -> None:
-    blocks = scale.numel()
-    s = scale.reshape(blocks, 1)
-    o = torch.zeros_like(s) if offset is None else offset.reshape(blocks, 1)
-    out.copy_(_decode(codes.reshape(blocks, -1).float(), s, o, minimum).reshape(out.shape))
+def _bounds(levels: Tensor | None, blocks: int) -> Tensor:
+    """The smallest float that is nearer to the upper of two levels, or as near: [blocks, size - 1]."""
+    assert levels is not None
+    wide = levels.double()
+    middle = (wide[:, :-1] + wide[:, 1:]) * 0.5
+    bound = middle.float()
+    bound = torch.where(bound.double() < middle, torch.nextafter(bound, torch.full_like(bound, math.inf)), bound)
+    return bound.expand(blocks, -1).contiguous()
 
 
-def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int) -> Tensor:
-    v, s, o = _unclamped(x, scale, offset, minimum)
-    return _decode(_clamp(v, qmin, qmax), s, o, minimum).to(x.dtype).reshape(x.shape)
+def _values(codes: Tensor, grid: _Grid) -> Tensor:
+    """The values of integer codes [blocks, block]."""
+    if grid.format == INTEGER:
+        q = codes.float()
+        return grid.scale * q + grid.offset if grid.minimum else grid.scale * (q - grid.offset)
+    if grid.format == TABLE:
+        assert grid.levels is not None
+        index = codes.long().clamp_max(grid.levels.shape[1] - 1)
+        return grid.scale * grid.levels.expand(len(codes), -1).gather(1, index)
+    f = _FLOATS[grid.format]
+    sign = f.exponent + f.fraction
+    magnitude = codes.int() & (1 << sign) - 1
+    value = (magnitude << (23 - f.fraction)).view(torch.float32) * 2.0 ** (126 + f.emin)
+    if sign == 7:
+        infinite = f.has_infinity & (magnitude == 0x7C)
+        value = torch.where(value > f.largest, torch.where(infinite, math.inf, math.nan), value)
+    return grid.scale * torch.where(codes.int() >> sign & 1 == 1, -value, value)
+
+
+def _inside(x: Tensor, grid: _Grid) -> Tensor:
+    position = _position(x, grid)
+    if grid.format == INTEGER:
+        return (position >= grid.qmin) & (position <= grid.qmax)
+    if grid.format == TABLE:
+        assert grid.levels is not None
+        levels = grid.levels
+        low = levels[:, :1] - (levels[:, 1:2] - levels[:, :1]) * 0.5
+        high = levels[:, -1:] + (levels[:, -1:] - levels[:, -2:-1]) * 0.5
+        return (position >= low) & (position <= high)
+    return position.abs() <= _FLOATS[grid.format].reach
+
+
+def _code_dtype(qmin: int) -> torch.dtype:
+    return torch.int8 if qmin < 0 else torch.uint8
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    qmin: int,
+    qmax: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+) -> Tensor:
+    codes = _codes(x, _grid(scale, offset, minimum, qmin, qmax, format, levels))
+    return codes.to(_code_dtype(qmin)).reshape(x.shape)
+
+
+def dequantize_out(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    out: Tensor,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+) -> None:
+    grid = _grid(scale, offset, minimum, format=format, levels=levels)
+    out.copy_(_values(codes.reshape(len(grid.scale), -1), grid).reshape(out.shape))
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    qmin: int,
+    qmax: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+) -> Tensor:
+    grid = _grid(scale, offset, minimum, qmin, qmax, format, levels)
+    return _values(_codes(x, grid), grid).to(x.dtype).reshape(x.shape)
 
 
 def fake_quantize_out(
-    x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int, out: Tensor
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    qmin: int,
+    qmax: int,
+    out: Tensor,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> None:
-    out.copy_(fake_quantize(x, scale, offset, minimum, qmin, qmax))
+    out.copy_(fake_quantize(x, scale, offset, minimum, qmin, qmax, format, levels))
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, minimum: bool, qmin: int, qmax: int
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    minimum: bool,
+    qmin: int,
+    qmax: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    v, _, _ = _unclamped(x, scale, offset, minimum)
-    inside = ((v >= qmin) & (v <= qmax)).reshape(x.shape)
+    inside = _inside(x, _grid(scale, offset, minimum, qmin, qmax, format, levels)).reshape(x.shape)
     return torch.where(inside, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
 
 
@@ -90,13 +247,64 @@ def _stored(v: Tensor, storage: int) -> Tensor:
     return torch.where(v.abs() < smallest, 0.0, v)
 
 
-def range_from_min_max(lo: Tensor, hi: Tensor, qmin: int, qmax: int, rule: int, storage: int) -> tuple[Tensor, Tensor]:
+def _abs_sum(rows: Tensor) -> Tensor:
+    """Sums of |x| over the rows [blocks, n], float64, added in the order of csrc/core/affine_ref.cpp."""
+    blocks, n = rows.shape
+    values = torch.where(rows.isnan(), 0.0, rows.abs())
+    values = torch.nn.functional.pad(values, (0, -n % 4096 if n > 4096 else -n % 16))
+    values = values.reshape(blocks, -1, min(values.shape[1], 4096) // 16, 16)
+    lanes = torch.zeros_like(values[:, :, 0])
+    for i in range(values.shape[2]):
+        lanes = lanes + values[:, :, i]
+    for width in (8, 4, 2, 1):
+        lanes = lanes[..., :width] + lanes[..., width : 2 * width]
+    total = torch.zeros(blocks, dtype=torch.float64, device=rows.device)
+    for piece in lanes[..., 0].double().split(8, dim=1):
+        part = torch.zeros_like(total)
+        for chunk in piece.unbind(1):
+            part = part + chunk
+        total = total + part
+    return total
+
+
+def _means(rows: Tensor, rule: int) -> tuple[Tensor, Tensor]:
+    """(threshold or 0, scale) of the rules that take means of |x|; csrc/core/range.inl."""
+    mean = (_abs_sum(rows) / rows.shape[1]).float()
+    if rule == ABSMEAN:
+        return torch.zeros_like(mean), mean
+    threshold = 0.7 * mean
+    above = rows.abs() > threshold[:, None]
+    count = above.sum(1)
+    sums = _abs_sum(torch.where(above, rows, 0.0))
+    return threshold, torch.where(count > 0, sums / count, 0.0).float()
+
+
+def _largest(qmax: int, format: int, levels: Tensor | None) -> Any:
+    """The largest level: what absmax maps the largest magnitude to."""
+    if format == TABLE:
+        assert levels is not None
+        return levels[0, -1]
+    return qmax if format == INTEGER else _FLOATS[format].largest
+
+
+def range_from_min_max(
+    lo: Tensor,
+    hi: Tensor,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     known = lo <= hi
     offset = torch.zeros_like(lo)
     if rule == ABSMAX:
-        scale = _stored(torch.where(-lo > hi, -lo, hi) / qmax, storage)
+        scale = _stored(torch.where(-lo > hi, -lo, hi) / _largest(qmax, format, levels), storage)
     elif rule == SIGNED_ABSMAX:
         scale = _stored(torch.where(-lo >= hi, lo, hi) / qmin, storage)
+    elif rule in (ABSMEAN, TWN):
+        scale = _stored(hi, storage)
     elif rule == ZERO_POINT:
         lo, hi = torch.where(lo < 0, lo, 0.0), torch.where(hi > 0, hi, 0.0)
         scale = _stored((hi - lo) / (qmax - qmin), storage)
@@ -108,40 +316,94 @@ def range_from_min_max(lo: Tensor, hi: Tensor, qmin: int, qmax: int, rule: int, 
     return torch.where(known, scale, 0.0), torch.where(known, offset, 0.0)
 
 
+def _parameters(
+    x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int, format: int, levels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(scale, offset, inverse) of each block; inverse is None where it is 1 / scale."""
+    if rule not in (ABSMEAN, TWN) or x.numel() == 0:
+        return *range_from_min_max(*min_max(x, block), qmin, qmax, rule, storage, format, levels), None
+    threshold, scale = _means(x.reshape(-1, block).float(), rule)
+    found = range_from_min_max(threshold, scale, qmin, qmax, rule, storage)
+    return *found, _inverse(2.0 * threshold) if rule == TWN else None
+
+
 def choose_range(
-    x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int, mse: bool
+    x: Tensor,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    mse: bool,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if mse:
         raise NotImplementedError("the range search runs in the CPU kernel: ops.choose_range takes x there")
-    lo, hi = min_max(x, block)
-    return range_from_min_max(lo, hi, qmin, qmax, rule, storage)
+    scale, offset, _ = _parameters(x, block, qmin, qmax, rule, storage, format, levels)
+    return scale, offset
 
 
 def quantize_dynamic(
-    x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int
+    x: Tensor,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
-    codes = quantize(x, scale, offset, rule == MINIMUM, qmin, qmax)
+    scale, offset, inverse = _parameters(x, block, qmin, qmax, rule, storage, format, levels)
+    grid = _grid(scale, offset, rule == MINIMUM, qmin, qmax, format, levels, inverse)
+    codes = _codes(x, grid).to(_code_dtype(qmin)).reshape(x.shape)
     finite = x.reshape(len(scale), -1).isfinite().all(1)
     return codes, torch.where(finite, scale, float("nan")), offset
 
 
-def fake_quantize_dynamic(x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int) -> Tensor:
-    scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
-    return fake_quantize(x, scale, offset, rule == MINIMUM, qmin, qmax)
+def fake_quantize_dynamic(
+    x: Tensor,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
+) -> Tensor:
+    scale, offset, inverse = _parameters(x, block, qmin, qmax, rule, storage, format, levels)
+    grid = _grid(scale, offset, rule == MINIMUM, qmin, qmax, format, levels, inverse)
+    return _values(_codes(x, grid), grid).to(x.dtype).reshape(x.shape)
 
 
 def fake_quantize_dynamic_out(
-    x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int, out: Tensor
+    x: Tensor,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    out: Tensor,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> None:
-    out.copy_(fake_quantize_dynamic(x, block, qmin, qmax, rule, storage))
+    out.copy_(fake_quantize_dynamic(x, block, qmin, qmax, rule, storage, format, levels))
 
 
 def fake_quantize_dynamic_backward(
-    grad: Tensor, x: Tensor, block: int, qmin: int, qmax: int, rule: int, storage: int
+    grad: Tensor,
+    x: Tensor,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: int,
+    storage: int,
+    format: int = INTEGER,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    scale, offset = choose_range(x, block, qmin, qmax, rule, storage, False)
-    return fake_quantize_backward(grad, x, scale, offset, rule == MINIMUM, qmin, qmax)
+    scale, offset, inverse = _parameters(x, block, qmin, qmax, rule, storage, format, levels)
+    inside = _inside(x, _grid(scale, offset, rule == MINIMUM, qmin, qmax, format, levels, inverse)).reshape(x.shape)
+    return torch.where(inside, grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
 
 
 KERNELS = (

@@ -37,7 +37,8 @@ def quantize_tensor(
         raise PhiquantError(f"{name}: {error}") from error
     result = SOLVERS[solver](w.detach(), spec)
     # A solver gives a NaN scale to a block in which it met a value that is not finite.
-    if bool(result.scales.isnan().any()):
+    poisoned = ~torch.isfinite(w) if result.scales is None else result.scales.isnan()
+    if bool(poisoned.any()):
         raise _not_finite(w, name, first_row)
     return result
 
