@@ -12,9 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 BUILD_INPUTS := CMakeLists.txt pyproject.toml $(wildcard cmake/* csrc/*/*)
-CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp tests/fuzz/*.h tests/fuzz/*.cpp)
 
-.PHONY: demo test ctest pytest test-slow sanitize lint format notebooks bench clean
+.PHONY: demo test ctest pytest test-slow sanitize fuzz lint format notebooks bench clean
 
 demo: $(VENV)/.package
 	$(BIN)/phiquant demo --out build/demo
@@ -42,6 +42,10 @@ sanitize: $(VENV)/.tools
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPHIQUANT_BUILD_EXTENSION=OFF -DPHIQUANT_BUILD_TESTS=ON -DPHIQUANT_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize -j $(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+# Coverage-guided fuzzing of what reads foreign bytes, FUZZ_SECONDS (30) a target; skipped where clang is not to be had.
+fuzz: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" ./.ci/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

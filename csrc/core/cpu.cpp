@@ -4,8 +4,20 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef PHIQUANT_X86
+#include <cpuid.h>
+#endif
+
 namespace phiquant {
 namespace {
+
+#ifdef PHIQUANT_X86
+// __builtin_cpu_supports("f16c") is unknown to clang before 16.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
 
 bool has(Level level) {
 #ifdef PHIQUANT_X86
@@ -13,7 +25,7 @@ bool has(Level level) {
     case Level::scalar:
       return true;
     case Level::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && has_f16c();
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
