@@ -19,6 +19,7 @@ from . import (
     qat,
     testing,
 )
+from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
@@ -78,7 +79,9 @@ __all__ = [
     "Target",
     "Ternary",
     "UnsupportedModelError",
+    "bits",
     "convert",
+    "describe",
     "evaluate",
     "export",
     "fake_quantize",

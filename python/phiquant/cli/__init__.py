@@ -1,4 +1,4 @@
-"""The command line: `phiquant demo | plan | quantize | qat | export | verify | eval | inspect`."""
+"""The command line: `phiquant demo | plan | quantize | qat | export | verify | eval | inspect | describe`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from .demo import demo
+from .describe import describe
 from .evaluate import evaluate
 from .export import export
 from .inspect import inspect
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "eval": evaluate,
     "inspect": inspect,
+    "describe": describe,
 }
 
 
