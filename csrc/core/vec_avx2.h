@@ -67,6 +67,17 @@ struct Avx2 {
     return _mm256_cvtepi32_ps(code_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
   }
 
+  // The bins t, truncated, as 16 bits; what is negative or beyond goes to bin `bins`.
+  static void store_bins(uint16_t* p, F t, int bins) {
+    store_u16(p, _mm256_min_epu32(_mm256_cvttps_epi32(t), _mm256_set1_epi32(bins)));
+  }
+  // bins + trunc(t), one less if t has its sign bit set, as 16 bits; what is not in 0 .. 2 bins - 1 goes to bin 2 bins.
+  static void store_signed_bins(uint16_t* p, F t, int bins) {
+    const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(t), 31);
+    const __m256i place = _mm256_add_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(t), sign), _mm256_set1_epi32(bins));
+    store_u16(p, _mm256_min_epu32(place, _mm256_set1_epi32(2 * bins)));
+  }
+
   // v where lo <= t <= hi, else 0
   static F select_in_range(F t, F lo, F hi, F v) {
     return _mm256_and_ps(_mm256_and_ps(_mm256_cmp_ps(t, lo, _CMP_GE_OQ), _mm256_cmp_ps(t, hi, _CMP_LE_OQ)), v);
@@ -88,6 +99,7 @@ struct Avx2 {
   }
 
  private:
+  static void store_u16(uint16_t* p, __m256i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
   // Eight 32-bit lanes holding values below 2^16, as eight 16-bit lanes in order.
   static __m128i narrow(__m256i v) {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xd8));

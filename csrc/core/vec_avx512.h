@@ -65,6 +65,17 @@ struct Avx512 {
     return _mm512_cvtepi32_ps(code_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
   }
 
+  // The bins t, truncated, as 16 bits; what is negative or beyond goes to bin `bins`.
+  static void store_bins(uint16_t* p, F t, int bins) {
+    store_u16(p, _mm512_min_epu32(_mm512_cvttps_epi32(t), _mm512_set1_epi32(bins)));
+  }
+  // bins + trunc(t), one less if t has its sign bit set, as 16 bits; what is not in 0 .. 2 bins - 1 goes to bin 2 bins.
+  static void store_signed_bins(uint16_t* p, F t, int bins) {
+    const __m512i sign = _mm512_srai_epi32(_mm512_castps_si512(t), 31);
+    const __m512i place = _mm512_add_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(t), sign), _mm512_set1_epi32(bins));
+    store_u16(p, _mm512_min_epu32(place, _mm512_set1_epi32(2 * bins)));
+  }
+
   // v where lo <= t <= hi, else 0
   static F select_in_range(F t, F lo, F hi, F v) {
     const __mmask16 inside = _mm512_cmp_ps_mask(t, lo, _CMP_GE_OQ) & _mm512_cmp_ps_mask(t, hi, _CMP_LE_OQ);
@@ -85,6 +96,11 @@ struct Avx512 {
     m = _mm256_max_ps(m, _mm256_permute_ps(m, 0xb1));
     hi = _mm256_cvtss_f32(m);
     lo = -_mm_cvtss_f32(_mm256_extractf128_ps(m, 1));
+  }
+
+ private:
+  static void store_u16(uint16_t* p, __m512i v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
   }
 };
 

@@ -19,21 +19,37 @@ from .affine import (  # noqa: E402
     range_from_min_max,
 )
 from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits  # noqa: E402
+from .histogram import (  # noqa: E402
+    coarsen,
+    dyadic_histogram,
+    histogram,
+    histogram_mse,
+    kl_divergence,
+    kl_threshold,
+    percentile,
+)
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
 
 __all__ = [
     "FORMATS",
     "RULES",
     "choose_range",
+    "coarsen",
     "dequantize",
+    "dyadic_histogram",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "histogram",
+    "histogram_mse",
     "huffman_decode",
     "huffman_encode",
     "huffman_lengths",
+    "kl_divergence",
+    "kl_threshold",
     "min_max",
     "pack_bits",
     "pack_trits",
+    "percentile",
     "quantize",
     "quantize_dynamic",
     "range_from_min_max",
