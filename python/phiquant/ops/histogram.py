@@ -80,7 +80,7 @@ def kl_divergence(counts: Tensor, levels: int, form: KlForm = "tensorrt") -> Ten
 
 
 def kl_threshold(counts: Tensor, levels: int, form: KlForm = "tensorrt") -> Tensor:
-    """int64 [...]: the number of bins to keep, the first with the least `kl_divergence`; all where there is no candidate."""
+    """int64 [...]: the number of bins to keep, the first with the least `kl_divergence`; all if none is a candidate."""
     divergence = kl_divergence(counts, levels, form)
     best = divergence.argmin(-1)
     return torch.where(divergence.isfinite().any(-1), best, counts.shape[-1])
