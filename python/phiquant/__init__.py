@@ -26,6 +26,7 @@ from .fake_quant import FakeQuantize, fake_quantize
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
 from .observers import EmaObserver, MinMaxObserver
+from .prune import GradualPruning, finalize_pruning, magnitude_mask, prune
 from .quantize import convert, prepare_qat, quantize
 from .recipe import Recipe
 from .solvers import quantize_tensor
@@ -60,6 +61,7 @@ __all__ = [
     "FakeQuantize",
     "FixedPoint",
     "Float",
+    "GradualPruning",
     "Int",
     "MinMaxObserver",
     "NormalFloat",
@@ -85,9 +87,12 @@ __all__ = [
     "evaluate",
     "export",
     "fake_quantize",
+    "finalize_pruning",
     "load",
+    "magnitude_mask",
     "ops",
     "prepare_qat",
+    "prune",
     "qat",
     "quantize",
     "quantize_tensor",
