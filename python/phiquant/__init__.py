@@ -23,6 +23,7 @@ from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
+from .kmeans import kmeans
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
 from .observers import EmaObserver, MinMaxObserver
@@ -88,6 +89,7 @@ __all__ = [
     "export",
     "fake_quantize",
     "finalize_pruning",
+    "kmeans",
     "load",
     "magnitude_mask",
     "ops",

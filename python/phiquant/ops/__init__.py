@@ -29,12 +29,23 @@ from .histogram import (  # noqa: E402
     percentile,
 )
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
+from .kmeans import (  # noqa: E402
+    codebook_assign,
+    codebook_gradient,
+    codebook_lookup,
+    kmeans_exact,
+    kmeans_lloyd,
+    kmeans_minibatch,
+)
 
 __all__ = [
     "FORMATS",
     "RULES",
     "choose_range",
     "coarsen",
+    "codebook_assign",
+    "codebook_gradient",
+    "codebook_lookup",
     "dequantize",
     "dyadic_histogram",
     "fake_quantize",
@@ -46,6 +57,9 @@ __all__ = [
     "huffman_lengths",
     "kl_divergence",
     "kl_threshold",
+    "kmeans_exact",
+    "kmeans_lloyd",
+    "kmeans_minibatch",
     "min_max",
     "pack_bits",
     "pack_trits",
