@@ -41,7 +41,6 @@ struct Prefix {
 
   // Squared error of the points from place i up to place j about their mean.
   double cost(int64_t i, int64_t j) const;
-  double mean(int64_t i, int64_t j) const { return center + (s1[j] - s1[i]) / (w[j] - w[i]); }
   int64_t size() const { return static_cast<int64_t>(w.size()) - 1; }
 
   double center;

@@ -93,9 +93,6 @@ class Step {
   Step(const Cells& cells, const Layer& before, Layer& layer) : cells_(cells), before_(before), layer_(layer) {
     layer.bound.resize(static_cast<size_t>(layer.window.size()));
     layer.from.resize(layer.bound.size());
-    // bound - s2 of the last place: what of the sum over a does not depend on b
-    base_.resize(before.bound.size());
-    for (size_t i = 0; i < base_.size(); ++i) base_[i] = before.bound[i] - cells.last.s2[before.window.lo + i];
   }
 
   void run() { solve(layer_.window, before_.window); }
@@ -116,20 +113,21 @@ class Step {
     const double w = cells_.first.w[b];
     const double s1 = cells_.first.s1[b];
     const double s2 = cells_.first.s2[b];
-    const int64_t offset = before_.window.lo;
+    const double* before = before_.bound.data() - before_.window.lo;
     double least = kInfinity;
     int64_t best = range.lo;
     for (int64_t a = range.lo; a <= std::min(range.hi, b - 1); ++a) {
       const double s = s1 - cells_.last.s1[a];
-      const double bound = base_[a - offset] - s * s / (w - cells_.last.w[a]);
+      const double cost = s2 - cells_.last.s2[a] - s * s / (w - cells_.last.w[a]);
+      // Not below 0, nor NaN: where weights differ by more than fp64 holds, the rest of a difference is noise.
+      const double bound = before[a] + (cost > 0.0 ? cost : 0.0);
       if (bound < least) {
         least = bound;
         best = a;
       }
     }
-    least += s2;
-    if (range.hi >= b && before_.bound[b - offset] < least) {  // both cuts in one cell: a run that costs nothing
-      least = before_.bound[b - offset];
+    if (range.hi >= b && before[b] < least) {  // both cuts in one cell: a run that costs nothing
+      least = before[b];
       best = b;
     }
     layer_.bound[b - layer_.window.lo] = least;
@@ -140,7 +138,6 @@ class Step {
   const Cells& cells_;
   const Layer& before_;
   Layer& layer_;
-  std::vector<double> base_;
 };
 
 // All layers 0..k; cut c lies in windows[c].
@@ -206,7 +203,7 @@ class Search {
     std::vector<int64_t> cuts = best_path(forward);
     for (int64_t& cut : cuts) cut *= step;
     cuts.back() = prefix_.size();
-    std::vector<double> levels = means(prefix_, cuts);
+    std::vector<double> levels = means(points_, prefix_, cuts);
     known_ = std::min(known_, lloyd(points_, prefix_, levels, 100));
     // Room for the rounding of sums that both bounds and the known error contain.
     const double limit = known_ * (1 + 1e-9) + 1e-13 * (prefix_.s2.back() - prefix_.s2.front());
@@ -238,7 +235,7 @@ class Search {
 void kmeans_exact(const Points& points, int64_t k, float* levels, const Parallel& parallel) {
   if (points.size() <= k) return store_levels(points.value, k, levels);
   const Prefix prefix(points);
-  store_levels(means(prefix, Search(points, prefix, k, parallel).run()), k, levels);
+  store_levels(means(points, prefix, Search(points, prefix, k, parallel).run()), k, levels);
 }
 
 }  // namespace phiquant

@@ -30,6 +30,13 @@ class Random {
   uint64_t state_;
 };
 
+// Mean of the points from place i up to place j. Between them even where the sums have lost their small weights.
+double mean(const Points& points, const Prefix& p, int64_t i, int64_t j) {
+  const double w = p.w[j] - p.w[i];
+  const double m = w > 0.0 ? p.center + (p.s1[j] - p.s1[i]) / w : points.value[i];
+  return std::clamp<double>(m, points.value[i], points.value[j - 1]);
+}
+
 // Squared error of the points from place i up to place j about `level`.
 double error_about(const Prefix& p, int64_t i, int64_t j, double level) {
   const double c = level - p.center;
@@ -125,12 +132,10 @@ std::vector<double> start_levels(const Points& points, const Prefix& prefix, int
 
 }  // namespace
 
-std::vector<double> means(const Prefix& prefix, const std::vector<int64_t>& cuts) {
+std::vector<double> means(const Points& points, const Prefix& prefix, const std::vector<int64_t>& cuts) {
   std::vector<double> levels;
   for (size_t c = 0; c + 1 < cuts.size(); ++c) {
-    if (cuts[c] < cuts[c + 1]) {
-      levels.push_back(prefix.mean(cuts[c], cuts[c + 1]));
-    }
+    if (cuts[c] < cuts[c + 1]) levels.push_back(mean(points, prefix, cuts[c], cuts[c + 1]));
   }
   return levels;
 }
@@ -151,7 +156,7 @@ double lloyd(const Points& points, const Prefix& prefix, std::vector<double>& le
   std::vector<int64_t> cuts = cuts_of(points, levels);
   for (int64_t i = 0; i < iterations; ++i) {
     for (size_t c = 0; c < levels.size(); ++c) {
-      if (cuts[c] < cuts[c + 1]) levels[c] = prefix.mean(cuts[c], cuts[c + 1]);
+      if (cuts[c] < cuts[c + 1]) levels[c] = mean(points, prefix, cuts[c], cuts[c + 1]);
     }
     std::vector<int64_t> moved = cuts_of(points, levels);
     if (moved == cuts) break;
@@ -189,20 +194,21 @@ void kmeans_minibatch(const void* x, Dtype dtype, const float* weights, int64_t 
     return distinct(values.data(), Dtype::f32, weights ? value_weights.data() : nullptr, batches.size, skip_zero,
                     serial);
   };
-  kmeans_lloyd(draw(), k, options, levels);
+  Points points = draw();
+  kmeans_lloyd(points, k, options, levels);
   std::vector<double> seen(static_cast<size_t>(k));
   std::vector<double> found(levels, levels + k);
-  for (int64_t batch = 1; batch < batches.count; ++batch) {
-    const Points points = draw();
+  for (int64_t batch = 0; batch < batches.count; ++batch) {
     const Prefix prefix(points);
     const std::vector<int64_t> cuts = cuts_of(points, found);
     for (int64_t c = 0; c < k; ++c) {
-      if (cuts[c] == cuts[c + 1]) continue;
       const double weight = prefix.w[cuts[c + 1]] - prefix.w[cuts[c]];
+      if (!(weight > 0.0)) continue;
       seen[c] += weight;
-      found[c] += (prefix.mean(cuts[c], cuts[c + 1]) - found[c]) * weight / seen[c];
+      found[c] += (mean(points, prefix, cuts[c], cuts[c + 1]) - found[c]) * weight / seen[c];
     }
     std::sort(found.begin(), found.end());
+    if (batch + 1 < batches.count) points = draw();
   }
   store_levels(found, k, levels);
 }

@@ -9,9 +9,9 @@
 
 namespace phiquant {
 
-// Mean of each run between neighbouring cuts. cuts: k + 1 places, ascending, 0 and size at the ends. The level of an
-// empty run is the point after it.
-std::vector<double> means(const Prefix& prefix, const std::vector<int64_t>& cuts);
+// Mean of each run between neighbouring cuts. cuts: k + 1 places, ascending, 0 and size at the ends. Empty runs
+// are left out.
+std::vector<double> means(const Points& points, const Prefix& prefix, const std::vector<int64_t>& cuts);
 
 // Lloyd's algorithm on ascending levels, in place, until the cuts stay or `iterations` are done.
 // Returns the error of the last cuts about the means of their runs.

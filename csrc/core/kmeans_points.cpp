@@ -186,7 +186,8 @@ Prefix::Prefix(const Points& points)
 double Prefix::cost(int64_t i, int64_t j) const {
   if (i >= j) return 0.0;
   const double s = s1[j] - s1[i];
-  return std::max(0.0, s2[j] - s2[i] - s * s / (w[j] - w[i]));
+  const double cost = s2[j] - s2[i] - s * s / (w[j] - w[i]);
+  return cost > 0.0 ? cost : 0.0;
 }
 
 }  // namespace phiquant

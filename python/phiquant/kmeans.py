@@ -48,7 +48,7 @@ def kmeans(
         raise ValueError(f"w of shape {list(w.shape)} has no values to cluster")
     values = w.detach().contiguous()
     block = _block(w, rows)
-    codebook = METHODS[method](values, _expanded(weights, w), block, k, keep_zero=keep_zero, **options)
+    codebook = METHODS[method](values, expand_weights(weights, w), block, k, keep_zero=keep_zero, **options)
     if bool(codebook.isnan().any()):
         index = torch.nonzero(~torch.isfinite(w))
         first = tuple(index[0].tolist())
@@ -68,7 +68,8 @@ def _block(w: Tensor, rows: int | None) -> int:
     return w.numel() // len(w) * rows
 
 
-def _expanded(weights: Tensor | None, w: Tensor) -> Tensor | None:
+def expand_weights(weights: Tensor | None, w: Tensor) -> Tensor | None:
+    """One weight for each value of w, as the ops take them. ValueError for one that is negative or not finite."""
     if weights is None:
         return None
     full = weights.detach().to(w.device, torch.float32).expand(w.shape)

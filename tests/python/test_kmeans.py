@@ -292,6 +292,46 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+# --- the solver -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["codebook16-tensor", "codebook4-row", "codebook8-rows2-f16", "codebook4-g16"])
+def test_solver_gives_the_optimum_of_each_block(text: str) -> None:
+    w = gaussian(8, 64, seed=18) * 0.02
+    quantized = pq.quantize_tensor(w, text, "kmeans")
+    spec = quantized.spec
+    blocks = w.reshape(-1, spec.block_size(w.shape))
+    assert quantized.codebook.shape == (len(blocks), spec.element.size)
+    decoded = quantized.dequantize().reshape(blocks.shape)
+    for i, block in enumerate(blocks):
+        levels, codes = pq.kmeans(block, spec.element.size)
+        levels = levels.to(quantized.codebook.dtype)
+        assert torch.equal(quantized.codebook[i], levels)
+        if spec.scale_dtype == "float32":
+            assert torch.equal(decoded[i], levels[codes.long()])
+
+
+def test_solver_takes_weights_and_names_what_is_wrong() -> None:
+    w, h = gaussian(8, 64, seed=19), gaussian(64, seed=20).square() ** 3
+    quantized = [pq.solvers.SOLVERS["kmeans"](w, pq.spec("codebook8-row"), x) for x in (None, h)]
+    plain, weighted = (((q.dequantize() - w).square() * h).sum() for q in quantized)
+    assert weighted < 0.9 * plain
+    with pytest.raises(PhiquantError, match="codebook16-row"):
+        pq.quantize_tensor(w, "int4-g32-sym", "kmeans")
+    w[2, 3] = float("nan")
+    with pytest.raises(PhiquantError, match=r"layer\.weight holds 1 .* index \[2, 3\]"):
+        pq.quantize_tensor(w, "codebook8-row", "kmeans", name="layer.weight")
+
+
+def test_never_worse_than_linear_levels_of_the_same_blocks() -> None:
+    w = gaussian(32, 128, seed=21) * 0.02
+    for bits, linear in ((4, "uint4-{}-asym"), (3, "uint3-{}-asym"), (2, "uint2-{}-asym")):
+        for grain in ("tensor", "g32"):
+            book = pq.quantize_tensor(w, f"codebook{1 << bits}-{grain}", "kmeans").dequantize()
+            even = pq.quantize_tensor(w, linear.format(grain), "mse").dequantize()
+            assert (book - w).square().sum() < (even - w).square().sum()
+
+
 # --- worked examples ------------------------------------------------------------------------------
 
 

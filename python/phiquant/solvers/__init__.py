@@ -11,10 +11,11 @@ from ..errors import PhiquantError
 from ..spec import QuantSpec
 from ..spec import spec as read_spec
 from ..tensor import QuantizedTensor
+from .kmeans import kmeans
 from .nearest import mse, rtn
 
 Solver = Callable[[Tensor, QuantSpec], QuantizedTensor]
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "mse": mse}
+SOLVERS: dict[str, Solver] = {"rtn": rtn, "mse": mse, "kmeans": kmeans}
 
 
 def quantize_tensor(
@@ -22,7 +23,8 @@ def quantize_tensor(
 ) -> QuantizedTensor:
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
-    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error). Errors use
+    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error); for codebooks
+        "kmeans" (levels of least squared error). Errors use
     `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
     (with its index), an unknown solver, or a group size that does not divide.
     """
