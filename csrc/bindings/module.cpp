@@ -93,7 +93,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "phiquant's C++ core: importing it registers torch.ops.phiquant.";
   m.def("build_info", &build_info, "torch version compiled against, compiler, CPU levels that can run here");
-  m.def("cpu_level", [] { return level_name(cpu_level()); }, "the CPU level in use: scalar, avx2 or avx512");
+  m.def(
+      "cpu_level", [] { return level_name(cpu_level()); }, "the CPU level in use: scalar, avx2, avx512 or avx512vnni");
   m.def(
       "set_cpu_level", [](const std::string& name) { set_cpu_level(level_from_name(name)); }, py::arg("name"),
       "use this CPU level from now on; ValueError if it is unknown or this CPU lacks it");

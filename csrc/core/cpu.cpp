@@ -11,6 +11,8 @@
 namespace phiquant {
 namespace {
 
+constexpr Level kLevels[] = {Level::scalar, Level::avx2, Level::avx512, Level::avx512vnni};
+
 #ifdef PHIQUANT_X86
 // __builtin_cpu_supports("f16c") is unknown to clang before 16.
 bool has_f16c() {
@@ -29,6 +31,8 @@ bool has(Level level) {
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Level::avx512vnni:
+      return has(Level::avx512) && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return level == Level::scalar;
@@ -65,7 +69,7 @@ void set_cpu_level(Level level) {
 
 std::vector<Level> available_levels() {
   std::vector<Level> levels;
-  for (const Level level : {Level::scalar, Level::avx2, Level::avx512}) {
+  for (const Level level : kLevels) {
     if (has(level)) levels.push_back(level);
   }
   return levels;
@@ -79,15 +83,17 @@ std::string level_name(Level level) {
       return "avx2";
     case Level::avx512:
       return "avx512";
+    case Level::avx512vnni:
+      return "avx512vnni";
   }
   return "unknown";
 }
 
 Level level_from_name(const std::string& name) {
-  for (const Level level : {Level::scalar, Level::avx2, Level::avx512}) {
+  for (const Level level : kLevels) {
     if (name == level_name(level)) return level;
   }
-  throw std::invalid_argument("unknown CPU level '" + name + "'; levels are scalar, avx2, avx512");
+  throw std::invalid_argument("unknown CPU level '" + name + "'; levels are scalar, avx2, avx512, avx512vnni");
 }
 
 }  // namespace phiquant

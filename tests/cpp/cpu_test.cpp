@@ -19,7 +19,7 @@ TEST(Cpu, ScalarIsAlwaysThereAndLevelsRise) {
 }
 
 TEST(Cpu, NamesGoBothWays) {
-  for (const Level level : {Level::scalar, Level::avx2, Level::avx512}) {
+  for (const Level level : {Level::scalar, Level::avx2, Level::avx512, Level::avx512vnni}) {
     EXPECT_EQ(level_from_name(level_name(level)), level);
   }
   EXPECT_THROW(level_from_name("sse9"), std::invalid_argument);

@@ -29,6 +29,16 @@ from .histogram import (  # noqa: E402
     percentile,
 )
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
+from .integer import (  # noqa: E402
+    PackedWeight,
+    conv2d_codes,
+    linear_codes,
+    linear_floats,
+    linear_sums,
+    pack_weight,
+    quantize_multiplier,
+    requantize,
+)
 from .kmeans import (  # noqa: E402
     codebook_assign,
     codebook_gradient,
@@ -41,11 +51,13 @@ from .kmeans import (  # noqa: E402
 __all__ = [
     "FORMATS",
     "RULES",
+    "PackedWeight",
     "choose_range",
     "coarsen",
     "codebook_assign",
     "codebook_gradient",
     "codebook_lookup",
+    "conv2d_codes",
     "dequantize",
     "dyadic_histogram",
     "fake_quantize",
@@ -60,13 +72,19 @@ __all__ = [
     "kmeans_exact",
     "kmeans_lloyd",
     "kmeans_minibatch",
+    "linear_codes",
+    "linear_floats",
+    "linear_sums",
     "min_max",
     "pack_bits",
     "pack_trits",
+    "pack_weight",
     "percentile",
     "quantize",
     "quantize_dynamic",
+    "quantize_multiplier",
     "range_from_min_max",
+    "requantize",
     "unpack_bits",
     "unpack_trits",
 ]
