@@ -1,8 +1,15 @@
-// Affine grids: y = s * (q - z) or y = s * q + m. Range, encode, decode, fake-quantize and its mask.
+// Grids of every element: range, encode, decode, fake-quantize and its mask.
 //
-// The one rounding rule: q = clamp(rne(x * (1/s)) + z, qmin, qmax), rne = to nearest, ties to even;
-// with a minimum q = clamp(rne((x - m) * (1/s)), qmin, qmax). A NaN gets qmin, an infinity the end of
-// the grid on its side. The mask of the straight-through estimator is taken before the clamp.
+// integer    y = s * (q - z) or y = s * q + m; q = clamp(rne(x * (1/s)) + z, qmin, qmax), rne = to nearest,
+//            ties to even; with a minimum q = clamp(rne((x - m) * (1/s)), qmin, qmax).
+// minifloat  y = s * v; v = t = x * (1/s), clamped to the largest value and rounded to a multiple of the
+//            format's step at t, rne; the code is v's bit pattern. Infinities and NaN are decoded, never encoded.
+// table      y = s * level[q]; q = the number of levels' midpoints that are <= t: a tie goes up.
+//
+// A NaN gets the lowest level, an infinity the end of the grid on its side. The straight-through
+// estimator passes the gradient of a value that would get a code of the grid if the grid went on at its
+// ends: integers rne(x / s) + z in [qmin, qmax]; minifloats |t| <= reach; tables t at most half the
+// outermost gap beyond the outermost levels.
 //
 // x, y, grad are `blocks * block` values of type `dtype`; scale and offset are fp32 [blocks] and hold
 // the values as stored; offset may be null (all zero). Arithmetic is fp32. Nothing is allocated,
@@ -26,14 +33,18 @@ struct Layout {
 struct BlockParams {
   const float* scale;
   const float* offset;
+  const float* inverse = nullptr;  // null: 1 / scale. Rule::twn encodes by its threshold, not by its scale
 };
 
-// The kernels of one CPU level. `code_signed`: codes are int8, else uint8.
+// Sums are added up in pieces of this many values, so that threads may share them.
+inline constexpr int64_t kSumPiece = 32768;
+
+// The kernels of one CPU level. Codes of integers are int8 if grid.qmin < 0, all others uint8.
 struct AffineKernels {
   void (*quantize)(const void* x, Layout layout, BlockParams params, Grid grid, int8_t* codes);
-  void (*dequantize)(const int8_t* codes, bool code_signed, Layout layout, BlockParams params, Offset offset, void* y);
+  void (*dequantize)(const int8_t* codes, Layout layout, BlockParams params, Grid grid, void* y);
   void (*fake_quantize)(const void* x, Layout layout, BlockParams params, Grid grid, void* y);
-  // dx = grad where qmin <= rne(x / s) + z <= qmax, else 0 (selected, so an infinite grad is dropped too)
+  // dx = grad where the estimator passes it, else 0 (selected, so an infinite grad is dropped too)
   void (*fake_quantize_backward)(const void* grad, const void* x, Layout layout, BlockParams params, Grid grid,
                                  void* dx);
   // The range of each block is found from x, then used at once while the block is in cache.
@@ -46,6 +57,9 @@ struct AffineKernels {
   bool (*all_finite)(const void* x, Layout layout);
   // lo, hi fp32 [blocks]; NaN is passed over; a block of NaN gives lo = inf, hi = -inf.
   void (*min_max)(const void* x, Layout layout, float* lo, float* hi);
+  // sum, count [blocks]: of the |x| > above[block]; above null: of all but NaN. Value i of a piece is added in
+  // lane i % 16; lanes are added as a tree every 4096 values, in fp64; then pieces of kSumPiece values.
+  void (*abs_sum)(const void* x, Layout layout, const float* above, double* sum, int64_t* count);
   // scale, offset fp32 [blocks] from the min-max range, or (mse) from the range of least squared error;
   // there too, a block that holds a value that is not finite gets a NaN scale.
   void (*choose_range)(const void* x, Layout layout, RangeSpec spec, bool mse, float* scale, float* offset);
@@ -54,8 +68,15 @@ struct AffineKernels {
 // The kernels of the current CPU level (core/cpu.h).
 const AffineKernels& affine_kernels();
 
-// Parameters from known ranges, fp32 [blocks]. One rule for observers and kernels.
-void params_from_ranges(const float* lo, const float* hi, int64_t blocks, RangeSpec spec, float* scale, float* offset);
+// Parameters from known ranges, fp32 [blocks]. One rule for observers and kernels. For absmean and twn hi
+// is the mean that the scale is, and lo the threshold.
+// inverse, if wanted: what values are multiplied by to encode them (BlockParams).
+void params_from_ranges(const float* lo, const float* hi, int64_t blocks, RangeSpec spec, float* scale, float* offset,
+                        float* inverse = nullptr);
+
+// means [blocks] of what abs_sum found in `pieces` pieces of each block, times `factor`; 0 where nothing was counted.
+void means_from_sums(const double* sums, const int64_t* counts, int64_t blocks, int64_t pieces, float factor,
+                     float* means);
 
 // The tables behind affine_kernels(). `ref` is the meaning; the others must equal it.
 extern const AffineKernels affine_ref;

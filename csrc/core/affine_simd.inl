@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "core/affine.h"
+#include "core/codec.inl"
 #include "core/range.inl"
 
 namespace phiquant {
@@ -68,42 +69,40 @@ struct Affine {
     std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
   }
 
-  template <Offset kOffset, class T>
-  static void quantize_block(const T* x, int64_t n, const Spread& s, int8_t* codes) {
+  template <class C, class T>
+  static void quantize_block(const T* x, int64_t n, const C& c, int8_t* codes) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) V::store_codes(codes + i, code<kOffset>(V::load(x + i), s));
+    for (; i + W <= n; i += W) c.store(codes + i, V::load(x + i));
     if (i < n) {
       int8_t buffer[W];
-      V::store_codes(buffer, code<kOffset>(load_part(x + i, n - i), s));
+      c.store(buffer, load_part(x + i, n - i));
       std::memcpy(codes + i, buffer, static_cast<size_t>(n - i));
     }
   }
 
-  template <Offset kOffset, class T>
-  static void dequantize_block(const int8_t* codes, bool code_signed, int64_t n, Params p, T* y) {
-    const Spread s(p, {0.0f, 0.0f, kOffset});
+  template <class C, class T>
+  static void dequantize_block(const int8_t* codes, int64_t n, const C& c, T* y) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) V::store(y + i, decode<kOffset>(V::load_codes(codes + i, code_signed), s));
+    for (; i + W <= n; i += W) V::store(y + i, c.load(codes + i));
     if (i < n) {
       int8_t buffer[W] = {};
       std::memcpy(buffer, codes + i, static_cast<size_t>(n - i));
-      store_part(y + i, decode<kOffset>(V::load_codes(buffer, code_signed), s), n - i);
+      store_part(y + i, c.load(buffer), n - i);
     }
   }
 
-  template <Offset kOffset, class T>
-  static void fake_quantize_block(const T* x, int64_t n, const Spread& s, T* y) {
+  template <class C, class T>
+  static void fake_quantize_block(const T* x, int64_t n, const C& c, T* y) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) V::store(y + i, decode<kOffset>(code<kOffset>(V::load(x + i), s), s));
-    if (i < n) store_part(y + i, decode<kOffset>(code<kOffset>(load_part(x + i, n - i), s), s), n - i);
+    for (; i + W <= n; i += W) V::store(y + i, c.nearest(V::load(x + i)));
+    if (i < n) store_part(y + i, c.nearest(load_part(x + i, n - i)), n - i);
   }
 
-  template <Offset kOffset, class T>
-  static void backward_block(const T* grad, const T* x, int64_t n, const Spread& s, T* dx) {
-    auto masked = [&](F xv, F g) { return V::select_in_range(unclamped<kOffset>(xv, s), s.qmin, s.qmax, g); };
+  template <class C, class T>
+  static void backward_block(const T* grad, const T* x, int64_t n, const C& c, T* dx) {
     int64_t i = 0;
-    for (; i + W <= n; i += W) V::store(dx + i, masked(V::load(x + i), V::load(grad + i)));
-    if (i < n) store_part(dx + i, masked(load_part(x + i, n - i), load_part(grad + i, n - i)), n - i);
+    for (; i + W <= n; i += W) V::store(dx + i, c.pass(V::load(x + i), V::load(grad + i)));
+    if (i < n) store_part(dx + i, c.pass(load_part(x + i, n - i), load_part(grad + i, n - i)), n - i);
   }
 
   // A value that is not finite makes its product with 0, and so the sum, NaN.
@@ -141,6 +140,55 @@ struct Affine {
       high = V::max(v, high);
     }
     V::horizontal(low, high, lo, hi);
+  }
+
+  // Lanes and order of affine_ref.cpp's abs_sum_block.
+  template <class T>
+  static void abs_sum_block(const T* x, int64_t n, float above, double& sum, int64_t& count) {
+    constexpr int64_t kVectors = 16 / W;
+    const F threshold = V::set1(above);
+    const F zero = V::set1(0.0f);
+    sum = 0.0;
+    count = 0;
+    for (int64_t piece = 0; piece < n; piece += kSumPiece) {
+      double part = 0.0;
+      const int64_t last = piece + kSumPiece < n ? piece + kSumPiece : n;
+      for (int64_t start = piece; start < last; start += 4096) {
+        const int64_t end = start + 4096 < last ? start + 4096 : last;
+        F sums[kVectors];
+        for (F& s : sums) s = zero;
+        for (int64_t i = start, k = 0; i < end; i += W, k = (k + 1) % kVectors) {
+          const int64_t valid = end - i < W ? end - i : W;
+          const F v = V::abs(valid == W ? V::load(x + i) : V::first_lanes(load_part(x + i, valid), valid));
+          const auto counted = V::less(threshold, v);
+          sums[k] = V::add(sums[k], V::select(counted, v, zero));
+          count += V::count(counted) - (above < 0.0f ? W - valid : 0);  // the lanes that are filled up hold 0
+        }
+        float lanes[16];
+        for (int64_t k = 0; k < kVectors; ++k) V::store(lanes + k * W, sums[k]);
+        for (int width = 8; width > 0; width /= 2) {
+          for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+        }
+        part += lanes[0];
+      }
+      sum += part;
+    }
+  }
+
+  // What the rule makes a scale of: see Range::parameters.
+  template <class T>
+  static void statistics(const T* x, int64_t n, Rule rule, float& lo, float& hi) {
+    if (!takes_means(rule)) return min_max_block(x, n, lo, hi);
+    double sum;
+    int64_t count;
+    abs_sum_block(x, n, -1.0f, sum, count);
+    lo = 0.0f;
+    hi = mean_of(sum, count);
+    if (rule == Rule::twn) {
+      lo = mean_of(sum, count, kTwnThreshold);
+      abs_sum_block(x, n, lo, sum, count);
+      hi = mean_of(sum, count);
+    }
   }
 
   // Lanes and order of affine_ref.cpp's squared_error.
@@ -193,82 +241,113 @@ struct Affine {
       const int64_t count = l.blocks - first < batch ? l.blocks - first : batch;
       float lo[W] = {};
       float hi[W] = {};
-      for (int64_t j = 0; j < count; ++j) min_max_block(x + (first + j) * l.block, l.block, lo[j], hi[j]);
+      for (int64_t j = 0; j < count; ++j) {
+        statistics(x + (first + j) * l.block, l.block, spec.rule, lo[j], hi[j]);
+      }
       const Found<V> found = Range<V>::parameters(V::load(lo), V::load(hi), spec);
       float scale[W];
       float inv[W];
       float offset[W];
       V::store(scale, found.scale);
-      V::store(inv, Range<V>::inverse(found.scale));
+      V::store(inv, encoding_inverse<V>(spec.rule, V::load(lo), found.scale));
       V::store(offset, found.offset);
       for (int64_t j = 0; j < count; ++j) use(first + j, scale[j], inv[j], offset[j]);
     }
   }
 
-  static Params at(BlockParams params, int64_t b) { return {params.scale[b], params.offset ? params.offset[b] : 0.0f}; }
+  // Calls f(T{}) with the C++ type of `dtype`.
+  template <class Body>
+  static void with_type(Dtype dtype, Body f) {
+    switch (dtype) {
+      case Dtype::f32:
+        return f(float{});
+      case Dtype::bf16:
+        return f(bf16{});
+      case Dtype::f16:
+        return f(f16{});
+    }
+  }
+
+  // Calls f.operator()<codec>(T{}) with the C++ type of `dtype` and the codec of `grid`.
+  template <class Body>
+  static void with(Dtype dtype, const Grid& grid, Body f) {
+    with_type(dtype, [&](auto t) {
+      if (grid.format == Format::integer) {
+        if (grid.offset == Offset::minimum) return f.template operator()<IntegerCodec<V, Offset::minimum>>(t);
+        return f.template operator()<IntegerCodec<V, Offset::zero_point>>(t);
+      }
+      if (grid.format != Format::table) return f.template operator()<MinifloatCodec<V>>(t);
+      if (grid.size <= 2) return f.template operator()<TableCodec<V, 1>>(t);
+      if (grid.size <= 16) return f.template operator()<TableCodec<V, 4>>(t);
+      return f.template operator()<TableCodec<V, 8>>(t);
+    });
+  }
 
   // Calls f.operator()<offset>(T{}) with the C++ type of `dtype`.
   template <class Body>
-  static void with(Dtype dtype, Offset offset, Body f) {
-    auto with_type = [&](auto t) {
+  static void with_offset(Dtype dtype, Offset offset, Body f) {
+    with_type(dtype, [&](auto t) {
       if (offset == Offset::minimum) return f.template operator()<Offset::minimum>(t);
       return f.template operator()<Offset::zero_point>(t);
-    };
-    switch (dtype) {
-      case Dtype::f32:
-        return with_type(float{});
-      case Dtype::bf16:
-        return with_type(bf16{});
-      case Dtype::f16:
-        return with_type(f16{});
+    });
+  }
+
+  static BlockGrid<V> spread(float scale, float inv, float offset) {
+    return {V::set1(scale), V::set1(inv), V::set1(offset)};
+  }
+
+  // Calls use(first value, codec) for each block.
+  template <class C, class Use>
+  static void each_block(Layout l, BlockParams params, const Grid& grid, Use use) {
+    auto shared = typename C::Shared(grid, 0);
+    for (int64_t b = 0; b < l.blocks; ++b) {
+      if (grid.per_block && b > 0) shared = typename C::Shared(grid, b);
+      const float inv = params.inverse ? params.inverse[b] : inverse<Store>(params.scale[b]);
+      use(b * l.block, C{shared, spread(params.scale[b], inv, params.offset ? params.offset[b] : 0.0f)});
     }
   }
 
   static void quantize(const void* x, Layout l, BlockParams params, Grid grid, int8_t* codes) {
-    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, grid, [&]<class C>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        quantize_block<kOffset>(in + b * l.block, l.block, {at(params, b), grid}, codes + b * l.block);
-      }
+      each_block<C>(l, params, grid, [&](int64_t at, const C& c) { quantize_block(in + at, l.block, c, codes + at); });
     });
   }
 
-  static void dequantize(const int8_t* codes, bool code_signed, Layout l, BlockParams params, Offset offset, void* y) {
-    with(l.dtype, offset, [&]<Offset kOffset>(auto t) {
+  static void dequantize(const int8_t* codes, Layout l, BlockParams params, Grid grid, void* y) {
+    with(l.dtype, grid, [&]<class C>(auto t) {
       auto* out = static_cast<decltype(t)*>(y);
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        dequantize_block<kOffset>(codes + b * l.block, code_signed, l.block, at(params, b), out + b * l.block);
-      }
+      each_block<C>(l, params, grid,
+                    [&](int64_t at, const C& c) { dequantize_block(codes + at, l.block, c, out + at); });
     });
   }
 
   static void fake_quantize(const void* x, Layout l, BlockParams params, Grid grid, void* y) {
-    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, grid, [&]<class C>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
       auto* out = static_cast<decltype(t)*>(y);
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        fake_quantize_block<kOffset>(in + b * l.block, l.block, {at(params, b), grid}, out + b * l.block);
-      }
+      each_block<C>(l, params, grid,
+                    [&](int64_t at, const C& c) { fake_quantize_block(in + at, l.block, c, out + at); });
     });
   }
 
   static void fake_quantize_backward(const void* grad, const void* x, Layout l, BlockParams params, Grid grid,
                                      void* dx) {
-    with(l.dtype, grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, grid, [&]<class C>(auto t) {
       using T = decltype(t);
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        const int64_t at0 = b * l.block;
-        backward_block<kOffset>(static_cast<const T*>(grad) + at0, static_cast<const T*>(x) + at0, l.block,
-                                {at(params, b), grid}, static_cast<T*>(dx) + at0);
-      }
+      each_block<C>(l, params, grid, [&](int64_t at, const C& c) {
+        backward_block(static_cast<const T*>(grad) + at, static_cast<const T*>(x) + at, l.block, c,
+                       static_cast<T*>(dx) + at);
+      });
     });
   }
 
   static void quantize_dynamic(const void* x, Layout l, RangeSpec spec, int8_t* codes, float* scale, float* offset) {
-    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, spec.grid, [&]<class C>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
+      const auto shared = typename C::Shared(spec.grid, 0);
       with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
-        quantize_block<kOffset>(in + b * l.block, l.block, {s, inv, o, spec.grid}, codes + b * l.block);
+        quantize_block(in + b * l.block, l.block, C{shared, spread(s, inv, o)}, codes + b * l.block);
         scale[b] = all_finite_block(in + b * l.block, l.block) ? s : std::numeric_limits<float>::quiet_NaN();
         offset[b] = o;
       });
@@ -276,43 +355,54 @@ struct Affine {
   }
 
   static void fake_quantize_dynamic(const void* x, Layout l, RangeSpec spec, void* y) {
-    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, spec.grid, [&]<class C>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
       auto* out = static_cast<decltype(t)*>(y);
+      const auto shared = typename C::Shared(spec.grid, 0);
       with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
-        fake_quantize_block<kOffset>(in + b * l.block, l.block, {s, inv, o, spec.grid}, out + b * l.block);
+        fake_quantize_block(in + b * l.block, l.block, C{shared, spread(s, inv, o)}, out + b * l.block);
       });
     });
   }
 
   static void fake_quantize_dynamic_backward(const void* grad, const void* x, Layout l, RangeSpec spec, void* dx) {
-    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+    with(l.dtype, spec.grid, [&]<class C>(auto t) {
       using T = decltype(t);
       const T* in = static_cast<const T*>(x);
+      const auto shared = typename C::Shared(spec.grid, 0);
       with_ranges(in, l, spec, [&](int64_t b, float s, float inv, float o) {
-        const int64_t at0 = b * l.block;
-        backward_block<kOffset>(static_cast<const T*>(grad) + at0, in + at0, l.block, {s, inv, o, spec.grid},
-                                static_cast<T*>(dx) + at0);
+        const int64_t at = b * l.block;
+        backward_block(static_cast<const T*>(grad) + at, in + at, l.block, C{shared, spread(s, inv, o)},
+                       static_cast<T*>(dx) + at);
       });
     });
   }
 
   static bool all_finite(const void* x, Layout l) {
     bool finite = true;
-    with(l.dtype, Offset::zero_point,
-         [&]<Offset>(auto t) { finite = all_finite_block(static_cast<const decltype(t)*>(x), l.blocks * l.block); });
+    with_type(l.dtype,
+              [&](auto t) { finite = all_finite_block(static_cast<const decltype(t)*>(x), l.blocks * l.block); });
     return finite;
   }
 
   static void min_max(const void* x, Layout l, float* lo, float* hi) {
-    with(l.dtype, Offset::zero_point, [&]<Offset>(auto t) {
+    with_type(l.dtype, [&](auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
       for (int64_t b = 0; b < l.blocks; ++b) min_max_block(in + b * l.block, l.block, lo[b], hi[b]);
     });
   }
 
+  static void abs_sum(const void* x, Layout l, const float* above, double* sum, int64_t* count) {
+    with_type(l.dtype, [&](auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        abs_sum_block(in + b * l.block, l.block, above ? above[b] : -1.0f, sum[b], count[b]);
+      }
+    });
+  }
+
   static void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
-    with(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
+    with_offset(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
       if (!mse) {
         return with_ranges(in, l, spec, [&](int64_t b, float s, float, float o) {
@@ -339,6 +429,7 @@ struct Affine {
       .fake_quantize_dynamic_backward = fake_quantize_dynamic_backward,
       .all_finite = all_finite,
       .min_max = min_max,
+      .abs_sum = abs_sum,
       .choose_range = choose_range,
   };
 };

@@ -7,6 +7,8 @@
 // In an anonymous namespace on purpose: each level compiles its own copy with its own flags, and the
 // linker cannot put one level's copy in another's place.
 
+#pragma once
+
 #include <cfloat>
 #include <cmath>
 
@@ -67,7 +69,8 @@ struct Range {
     return V::select(V::less(V::abs(v), V::set1(smallest)), V::set1(0.0f), v);
   }
 
-  // lo, hi: smallest and largest value of the block, NaN left out; lo > hi if there was no value.
+  // lo, hi: smallest and largest value of the block, NaN left out; lo > hi if there was no value. For the
+  // rules that take means: the threshold (twn; else 0) and the mean that becomes the scale.
   static Found<V> parameters(F lo, F hi, const RangeSpec& spec) {
     const F zero = V::set1(0.0f);
     const Grid& grid = spec.grid;
@@ -94,11 +97,30 @@ struct Range {
         found.offset = stored(lo, spec.storage);
         found.scale = stored(V::div(V::max(V::sub(hi, found.offset), zero), steps), spec.storage);
         break;
+      case Rule::absmean:
+      case Rule::twn:
+        found.scale = stored(hi, spec.storage);
+        break;
     }
     const auto known = V::less_equal(lo, hi);
     return {V::select(known, found.scale, zero), V::select(known, found.offset, zero)};
   }
 };
+
+// True for the rules that are found from means of |x|, not from the smallest and largest value.
+inline bool takes_means(Rule rule) { return rule == Rule::absmean || rule == Rule::twn; }
+
+// The mean of `count` values that add up to `sum`, times `factor`; 0 of none.
+inline float mean_of(double sum, int64_t count, float factor = 1.0f) {
+  return count > 0 ? factor * static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+}
+
+// What a value is multiplied with before it is rounded, where the rule, not the scale, decides it:
+// rne(x / (2 D)) is 0 up to |x| = D.
+template <class V>
+inline typename V::F encoding_inverse(Rule rule, typename V::F threshold, typename V::F scale) {
+  return Range<V>::inverse(rule == Rule::twn ? V::add(threshold, threshold) : scale);
+}
 
 template <class Store>
 inline float inverse(float scale) {

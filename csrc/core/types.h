@@ -22,11 +22,38 @@ enum class Offset {
   minimum,     // y = s * q + m
 };
 
-// The integer codes of a grid: qmin <= q <= qmax, as floats because all arithmetic is in fp32.
+// How a code is read: as an integer, as the bits of a small float, or as an index into a table of levels.
+enum class Format { integer, e4m3fn, e5m2, e2m1, e1m2, e3m0, table };
+
+// A float of 1 + exponent + fraction bits; the exponent's bias is 1 - emin.
+struct Minifloat {
+  int exponent;
+  int fraction;
+  int emin;       // of the smallest normal value, 2^emin; subnormals are multiples of 2^(emin - fraction)
+  float largest;  // finite value
+  float reach;    // the largest float that would round to `largest` if the format went on beyond it
+  float special;  // a bit pattern that reads as a larger value is infinity below this, NaN from here on
+};
+inline constexpr Minifloat kMinifloats[] = {
+    {},  // Format::integer
+    {4, 3, -6, 448.0f, 464.0f, 0.0f},
+    {5, 2, -14, 57344.0f, 0x1.dffffep+15f, 65537.0f},
+    {2, 1, 0, 6.0f, 0x1.bffffep+2f, 0.0f},
+    {1, 2, 1, 3.5f, 0x1.dffffep+1f, 0.0f},
+    {3, 0, -2, 16.0f, 0x1.7ffffep+4f, 0.0f},
+};
+
+// What the codes of a block stand for, but for its scale and offset. For integers qmin <= q <= qmax are
+// the codes (as floats, because all arithmetic is in fp32); else the lowest and the highest level.
 struct Grid {
   float qmin;
   float qmax;
-  Offset offset;
+  Offset offset = Offset::zero_point;
+  Format format = Format::integer;
+  // Format::table: `size` (2 to 256) ascending levels, the same for all blocks or `size` more for each.
+  const float* levels = nullptr;
+  int size = 0;
+  bool per_block = false;
 };
 
 // How a range [lo, hi] becomes scale and offset.
@@ -35,7 +62,10 @@ enum class Rule {
   signed_absmax,  // s = x* / qmin, x* = the value of largest magnitude, with its sign
   zero_point,     // s = (hi - lo) / (qmax - qmin), the range widened to hold 0; z = rne(qmin - lo / s)
   minimum,        // m = lo, s = (hi - m) / (qmax - qmin)
+  absmean,        // s = mean|x|
+  twn,            // D = 0.7 mean|x|, s = mean of the |x| above D; the code is 0 for |x| <= D, else +-1
 };
+inline constexpr float kTwnThreshold = 0.7f;
 
 // Parameters of one block, already rounded to the type in which they are stored.
 struct Params {

@@ -12,6 +12,7 @@ namespace {
 
 struct Avx2 {
   using F = __m256;
+  using I = __m256i;
   using Mask = __m256;
   static constexpr int64_t width = 8;
 
@@ -76,6 +77,45 @@ struct Avx2 {
     const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(t), 31);
     const __m256i place = _mm256_add_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(t), sign), _mm256_set1_epi32(bins));
     store_u16(p, _mm256_min_epu32(place, _mm256_set1_epi32(2 * bins)));
+  }
+
+  static I load_bytes(const int8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_codes(int8_t* p, I q) {
+    const __m128i words = narrow(_mm256_and_si256(q, _mm256_set1_epi32(0xff)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+
+  static I set1i(int v) { return _mm256_set1_epi32(v); }
+  static I bits(F v) { return _mm256_castps_si256(v); }
+  static F floats(I v) { return _mm256_castsi256_ps(v); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I min(I a, I b) { return _mm256_min_epi32(a, b); }
+  static F bit_and(F a, F b) { return _mm256_and_ps(a, b); }
+  static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+  static I shift_left(I v, int n) { return _mm256_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+  static I shift_right(I v, int n) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+  // v with the sign of s
+  static F copy_sign(F v, F s) {
+    const F sign = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_andnot_ps(sign, v), _mm256_and_ps(sign, s));
+  }
+  // n + 1 where m, else n
+  static I count(I n, Mask m) { return _mm256_sub_epi32(n, bits(m)); }
+  static int64_t count(Mask m) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m))); }
+  // table[i mod 2^kBits], kBits 1 to 8; the table has at least 16 floats, and repeats if kBits < 4
+  template <int kBits>
+  static F lookup(const float* table, I i) {
+    if constexpr (kBits <= 4) {
+      const F low = _mm256_permutevar8x32_ps(load(table), i);
+      const F high = _mm256_permutevar8x32_ps(load(table + 8), i);
+      return _mm256_blendv_ps(low, high, floats(_mm256_slli_epi32(i, 28)));
+    } else {
+      return _mm256_i32gather_ps(table, _mm256_and_si256(i, _mm256_set1_epi32((1 << kBits) - 1)), 4);
+    }
   }
 
   // v where lo <= t <= hi, else 0

@@ -13,6 +13,7 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
+  using I = __m512i;
   using Mask = __mmask16;
   static constexpr int64_t width = 16;
 
@@ -74,6 +75,44 @@ struct Avx512 {
     const __m512i sign = _mm512_srai_epi32(_mm512_castps_si512(t), 31);
     const __m512i place = _mm512_add_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(t), sign), _mm512_set1_epi32(bins));
     store_u16(p, _mm512_min_epu32(place, _mm512_set1_epi32(2 * bins)));
+  }
+
+  static I load_bytes(const int8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_codes(int8_t* p, I q) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(q)); }
+
+  static I set1i(int v) { return _mm512_set1_epi32(v); }
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static F floats(I v) { return _mm512_castsi512_ps(v); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I min(I a, I b) { return _mm512_min_epi32(a, b); }
+  static F bit_and(F a, F b) { return _mm512_and_ps(a, b); }
+  static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+  static I shift_left(I v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+  static I shift_right(I v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+  // v with the sign of s
+  static F copy_sign(F v, F s) {
+    const I sign = _mm512_set1_epi32(INT32_MIN);
+    return floats(_mm512_ternarylogic_epi32(sign, bits(s), bits(v), 0xca));
+  }
+  // n + 1 where m, else n
+  static I count(I n, Mask m) { return _mm512_mask_sub_epi32(n, m, n, _mm512_set1_epi32(-1)); }
+  static int64_t count(Mask m) { return __builtin_popcount(m); }
+  // table[i mod 2^kBits], kBits 1 to 8; the table has at least 16 floats, and repeats if kBits < 4
+  template <int kBits>
+  static F lookup(const float* table, I i) {
+    if constexpr (kBits <= 4) {
+      return _mm512_permutexvar_ps(i, load(table));
+    } else if constexpr (kBits == 5) {
+      return _mm512_permutex2var_ps(load(table), i, load(table + 16));
+    } else {
+      constexpr int kHalf = 1 << (kBits - 1);
+      const Mask upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(kHalf));
+      return select(upper, lookup<kBits - 1>(table + kHalf, i), lookup<kBits - 1>(table, i));
+    }
   }
 
   // v where lo <= t <= hi, else 0

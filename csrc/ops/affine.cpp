@@ -8,21 +8,22 @@ namespace phiquant {
 namespace {
 
 Tensor quantize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum, int64_t qmin,
-                int64_t qmax) {
+                int64_t qmax, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks);
   Tensor codes = codes_like(x, qmin);
   const void* in = x.const_data_ptr();
   auto* out = static_cast<int8_t*>(codes.mutable_data_ptr());
   const BlockParams params = params_of(scale, offset);
   for_pieces(l, [&](const Piece& p) {
-    affine_kernels().quantize(shift(in, p.start, l.dtype), p.layout, shift(params, p.block), grid, out + p.start);
+    affine_kernels().quantize(shift(in, p.start, l.dtype), p.layout, shift(params, p.block), shift(grid, p.block),
+                              out + p.start);
   });
   return codes;
 }
 
 void dequantize_out(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
-                    Tensor out) {
+                    Tensor out, int64_t format, const std::optional<Tensor>& levels) {
   const ScalarType type = codes.scalar_type();
   check(type == ScalarType::Char || type == ScalarType::Byte, "codes must be int8 or uint8");
   check_contiguous(out, "out");
@@ -31,38 +32,40 @@ void dequantize_out(const Tensor& codes, const Tensor& scale, const std::optiona
   const auto* in = static_cast<const int8_t*>(codes.const_data_ptr());
   void* y = out.mutable_data_ptr();
   const BlockParams params = params_of(scale, offset);
-  const Offset kind = minimum ? Offset::minimum : Offset::zero_point;
+  const bool code_signed = type == ScalarType::Char;
+  const Grid grid = grid_of(code_signed ? -128 : 0, code_signed ? 127 : 255, minimum, format, levels, l.blocks);
   for_pieces(l, [&](const Piece& p) {
-    affine_kernels().dequantize(in + p.start, type == ScalarType::Char, p.layout, shift(params, p.block), kind,
+    affine_kernels().dequantize(in + p.start, p.layout, shift(params, p.block), shift(grid, p.block),
                                 shift(y, p.start, l.dtype));
   });
 }
 
 void fake_quantize_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
-                       int64_t qmin, int64_t qmax, Tensor out) {
+                       int64_t qmin, int64_t qmax, Tensor out, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks);
   check_same(out, x, "out");
   const void* in = x.const_data_ptr();
   void* y = out.mutable_data_ptr();
   const BlockParams params = params_of(scale, offset);
   for_pieces(l, [&](const Piece& p) {
-    affine_kernels().fake_quantize(shift(in, p.start, l.dtype), p.layout, shift(params, p.block), grid,
+    affine_kernels().fake_quantize(shift(in, p.start, l.dtype), p.layout, shift(params, p.block), shift(grid, p.block),
                                    shift(y, p.start, l.dtype));
   });
 }
 
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
-                     int64_t qmin, int64_t qmax) {
+                     int64_t qmin, int64_t qmax, int64_t format, const std::optional<Tensor>& levels) {
   Tensor y = output_like(x);
-  fake_quantize_out(x, scale, offset, minimum, qmin, qmax, y);
+  fake_quantize_out(x, scale, offset, minimum, qmin, qmax, y, format, levels);
   return y;
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                              const std::optional<Tensor>& offset, bool minimum, int64_t qmin, int64_t qmax) {
+                              const std::optional<Tensor>& offset, bool minimum, int64_t qmin, int64_t qmax,
+                              int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks);
   check_same(grad, x, "grad");
   Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();
@@ -71,7 +74,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor&
   const BlockParams params = params_of(scale, offset);
   for_pieces(l, [&](const Piece& p) {
     affine_kernels().fake_quantize_backward(shift(g, p.start, l.dtype), shift(in, p.start, l.dtype), p.layout,
-                                            shift(params, p.block), grid, shift(out, p.start, l.dtype));
+                                            shift(params, p.block), shift(grid, p.block), shift(out, p.start, l.dtype));
   });
   return dx;
 }

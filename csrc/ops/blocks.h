@@ -29,6 +29,7 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 32 * 1024;
 // A block longer than this is cut in pieces, and its range is found in a pass of its own.
 constexpr int64_t kLongBlock = 64 * 1024;
+static_assert(kGrain == kSumPiece, "threads that sum pieces of a block must keep the order of additions");
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -92,20 +93,49 @@ inline BlockParams params_of(const Tensor& scale, const std::optional<Tensor>& o
           offset ? static_cast<const float*>(offset->const_data_ptr()) : nullptr};
 }
 
-inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum) {
+// What codes stand for: the last two arguments of the ops that read or write codes. format: 0 for the
+// integers qmin..qmax, 1 to 5 for minifloats, 6 for a table of `levels` [1 or blocks, size] (core/types.h).
+inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum, int64_t format, const std::optional<Tensor>& levels,
+                    int64_t blocks) {
+  check(0 <= format && format <= 6, "format must be 0 to 6");
+  check(levels.has_value() == (format == 6), "levels are given for format 6, a table, and for no other");
   check(-128 <= qmin && qmin < qmax && qmax <= 255 && qmax - qmin <= 255,
         "codes must fit in 8 bits: got qmin " + std::to_string(qmin) + ", qmax " + std::to_string(qmax));
-  return {static_cast<float>(qmin), static_cast<float>(qmax), minimum ? Offset::minimum : Offset::zero_point};
+  if (format == 0) {
+    return {static_cast<float>(qmin), static_cast<float>(qmax), minimum ? Offset::minimum : Offset::zero_point};
+  }
+  check(!minimum && qmin == 0, "only integers have a minimum or codes below 0");
+  if (format < 6) {
+    const float largest = kMinifloats[format].largest;
+    return {-largest, largest, Offset::zero_point, static_cast<Format>(format)};
+  }
+  check_float32(*levels, "levels");
+  check(levels->dim() == 2 && (levels->size(0) == 1 || levels->size(0) == blocks) && levels->size(1) >= 2 &&
+            levels->size(1) <= 256,
+        "levels must be [1, size] or [" + std::to_string(blocks) + ", size], one row per block, size 2 to 256");
+  const auto* values = static_cast<const float*>(levels->const_data_ptr());
+  const int64_t size = levels->size(1);
+  return {.qmin = values[0],
+          .qmax = values[size - 1],
+          .format = Format::table,
+          .levels = values,
+          .size = static_cast<int>(size),
+          .per_block = levels->size(0) > 1};
 }
 
-inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t storage) {
-  check(0 <= rule && rule <= 3, "rule must be 0 to 3");
+inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t storage, int64_t format = 0,
+                               const std::optional<Tensor>& levels = std::nullopt) {
+  check(0 <= rule && rule <= 5, "rule must be 0 to 5");
   check(0 <= storage && storage <= 2, "storage must be 0 to 2");
   const Rule r = static_cast<Rule>(rule);
+  check(format == 0 || r == Rule::absmax || r == Rule::absmean, "floats and tables have the rules absmax and absmean");
   check(r != Rule::signed_absmax || qmin < 0, "signed_absmax needs a negative qmin");
   check(r != Rule::absmax || qmax > 0, "absmax needs a positive qmax");
   check(r != Rule::minimum || qmin == 0, "a grid with a minimum needs qmin 0");
-  return {grid_of(qmin, qmax, r == Rule::minimum), r, static_cast<Dtype>(storage)};
+  check(r != Rule::twn || (qmin == -1 && qmax == 1), "twn is the rule of the codes -1, 0, 1");
+  const Grid grid = grid_of(qmin, qmax, r == Rule::minimum, format, levels, 1);
+  check(r != Rule::absmax || grid.qmax > 0.0f, "absmax needs a positive largest level");
+  return {grid, r, static_cast<Dtype>(storage)};
 }
 
 // y, whose memory was just allocated. Writing 100 MB of it costs more in page faults of 4 KiB than the
@@ -164,7 +194,12 @@ T* shift(T* p, int64_t values, Dtype dtype) {
 }
 
 inline BlockParams shift(BlockParams p, int64_t block) {
-  return {p.scale + block, p.offset ? p.offset + block : nullptr};
+  return {p.scale + block, p.offset ? p.offset + block : nullptr, p.inverse ? p.inverse + block : nullptr};
+}
+
+inline Grid shift(Grid grid, int64_t block) {
+  if (grid.per_block) grid.levels += block * grid.size;
+  return grid;
 }
 
 }  // namespace phiquant

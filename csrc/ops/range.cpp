@@ -41,20 +41,52 @@ std::tuple<Tensor, Tensor> min_max(const Tensor& x, int64_t block) {
 }
 
 std::tuple<Tensor, Tensor> range_from_min_max(const Tensor& lo, const Tensor& hi, int64_t qmin, int64_t qmax,
-                                              int64_t rule, int64_t storage) {
+                                              int64_t rule, int64_t storage, int64_t format,
+                                              const std::optional<Tensor>& levels) {
   check_float32(lo, "lo");
   check_float32(hi, "hi");
   check(lo.numel() == hi.numel(), "lo and hi must have the same number of values");
   Tensor scale = torch::stable::empty_like(lo);
   Tensor offset = torch::stable::empty_like(lo);
   params_from_ranges(static_cast<const float*>(lo.const_data_ptr()), static_cast<const float*>(hi.const_data_ptr()),
-                     lo.numel(), range_spec_of(qmin, qmax, rule, storage),
+                     lo.numel(), range_spec_of(qmin, qmax, rule, storage, format, levels),
                      static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(offset.mutable_data_ptr()));
   return {scale, offset};
 }
 
-void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
+// The means of |x| over every block, of those above above[block] if given; each times `factor`.
+std::vector<float> find_means(const void* x, Layout l, const float* above, float factor) {
+  const int64_t pieces = l.block > kLongBlock ? (l.block + kGrain - 1) / kGrain : 1;
+  std::vector<double> sums(static_cast<size_t>(l.blocks * pieces));
+  std::vector<int64_t> counts(sums.size());
+  for_pieces(l, [&](const Piece& p) {
+    const auto i = static_cast<size_t>(p.block * pieces + (p.start - p.block * l.block) / kGrain);
+    affine_kernels().abs_sum(shift(x, p.start, l.dtype), p.layout, above ? above + p.block : nullptr, &sums[i],
+                             &counts[i]);
+  });
+  std::vector<float> means(static_cast<size_t>(l.blocks));
+  means_from_sums(sums.data(), counts.data(), l.blocks, pieces, factor, means.data());
+  return means;
+}
+
+// What Range::parameters takes, for every block: smallest and largest value, or threshold and mean.
+void find_statistics(const void* x, Layout l, Rule rule, std::vector<float>& lo, std::vector<float>& hi) {
+  lo.assign(static_cast<size_t>(l.blocks), 0.0f);
+  hi.assign(lo.size(), 0.0f);
+  if (rule == Rule::twn) {
+    lo = find_means(x, l, nullptr, kTwnThreshold);
+    hi = find_means(x, l, lo.data(), 1.0f);
+  } else if (rule == Rule::absmean) {
+    hi = find_means(x, l, nullptr, 1.0f);
+  } else {
+    find_min_max(x, l, lo.data(), hi.data());
+  }
+}
+
+void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset,
+                float* inverse = nullptr) {
   if (mse) {  // a search reads its block many times: whole blocks to threads, however long
+    check(spec.grid.format == Format::integer && spec.rule <= Rule::minimum, "the search is for integers");
     torch::stable::parallel_for(0, l.blocks, std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, l.block)),
                                 [&](int64_t begin, int64_t end) {
                                   affine_kernels().choose_range(shift(x, begin * l.block, l.dtype),
@@ -63,16 +95,17 @@ void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale,
                                 });
     return;
   }
-  std::vector<float> lo(static_cast<size_t>(l.blocks));
-  std::vector<float> hi(lo.size());
-  find_min_max(x, l, lo.data(), hi.data());
-  params_from_ranges(lo.data(), hi.data(), l.blocks, spec, scale, offset);
+  std::vector<float> lo;
+  std::vector<float> hi;
+  find_statistics(x, l, spec.rule, lo, hi);
+  params_from_ranges(lo.data(), hi.data(), l.blocks, spec, scale, offset, inverse);
 }
 
 std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
-                                        int64_t storage, bool mse) {
+                                        int64_t storage, bool mse, int64_t format,
+                                        const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
   Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   find_range(x.const_data_ptr(), l, spec, mse, static_cast<float*>(scale.mutable_data_ptr()),
@@ -83,9 +116,10 @@ std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t 
 // codes, scale, offset: the range of each block and the codes on it, in one pass over memory. The scale
 // of a block with a value that is not finite is NaN.
 std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
-                                                    int64_t rule, int64_t storage) {
+                                                    int64_t rule, int64_t storage, int64_t format,
+                                                    const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
   Tensor codes = codes_like(x, qmin);
   Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
@@ -94,15 +128,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t blo
   auto* s = static_cast<float*>(scale.mutable_data_ptr());
   auto* o = static_cast<float*>(offset.mutable_data_ptr());
   const bool pieces = l.block > kLongBlock;  // then ranges come first, and pieces of blocks are quantized
-  if (pieces) find_range(in, l, spec, false, s, o);
-  std::vector<std::atomic<bool>> poisoned(pieces ? static_cast<size_t>(l.blocks) : 0);
+  std::vector<float> inverse(pieces ? static_cast<size_t>(l.blocks) : 0);
+  if (pieces) find_range(in, l, spec, false, s, o, inverse.data());
+  std::vector<std::atomic<bool>> poisoned(inverse.size());
   for_pieces(l, [&](const Piece& p) {
     const void* values = shift(in, p.start, l.dtype);
     if (!pieces) {
       affine_kernels().quantize_dynamic(values, p.layout, spec, out + p.start, s + p.block, o + p.block);
       return;
     }
-    affine_kernels().quantize(values, p.layout, shift(BlockParams{s, o}, p.block), spec.grid, out + p.start);
+    const BlockParams params = shift(BlockParams{s, o, inverse.data()}, p.block);
+    affine_kernels().quantize(values, p.layout, params, spec.grid, out + p.start);
     if (!affine_kernels().all_finite(values, p.layout)) poisoned[static_cast<size_t>(p.block)] = true;
   });
   for (size_t b = 0; b < poisoned.size(); ++b) {
@@ -111,23 +147,27 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t blo
   return {codes, scale, offset};
 }
 
-// The min-max ranges of all blocks: what long blocks need before their pieces are worked on.
+// The ranges of all blocks: what long blocks need before their pieces are worked on.
 class Ranges {
  public:
-  Ranges(const void* x, Layout l, RangeSpec spec) : scale_(static_cast<size_t>(l.blocks)), offset_(scale_.size()) {
-    find_range(x, l, spec, false, scale_.data(), offset_.data());
+  Ranges(const void* x, Layout l, RangeSpec spec)
+      : scale_(static_cast<size_t>(l.blocks)), offset_(scale_.size()), inverse_(scale_.size()) {
+    find_range(x, l, spec, false, scale_.data(), offset_.data(), inverse_.data());
   }
-  BlockParams from(int64_t block) const { return shift(BlockParams{scale_.data(), offset_.data()}, block); }
+  BlockParams from(int64_t block) const {
+    return shift(BlockParams{scale_.data(), offset_.data(), inverse_.data()}, block);
+  }
 
  private:
   std::vector<float> scale_;
   std::vector<float> offset_;
+  std::vector<float> inverse_;
 };
 
 void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
-                               int64_t storage, Tensor out) {
+                               int64_t storage, Tensor out, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
   check_same(out, x, "out");
   const void* in = x.const_data_ptr();
   void* y = out.mutable_data_ptr();
@@ -144,17 +184,18 @@ void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int
   });
 }
 
-Tensor fake_quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
-                             int64_t storage) {
+Tensor fake_quantize_dynamic(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule, int64_t storage,
+                             int64_t format, const std::optional<Tensor>& levels) {
   Tensor y = output_like(x);
-  fake_quantize_dynamic_out(x, block, qmin, qmax, rule, storage, y);
+  fake_quantize_dynamic_out(x, block, qmin, qmax, rule, storage, y, format, levels);
   return y;
 }
 
 Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64_t block, int64_t qmin, int64_t qmax,
-                                      int64_t rule, int64_t storage) {
+                                      int64_t rule, int64_t storage, int64_t format,
+                                      const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
   check_same(grad, x, "grad");
   Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();

@@ -29,6 +29,8 @@ Grid grid_of(Rule rule, int bits) {
       return {0.0f, levels, Offset::zero_point};
     case Rule::minimum:
       return {0.0f, levels, Offset::minimum};
+    default:
+      break;
   }
   return {};
 }
@@ -112,9 +114,8 @@ TEST_P(AffineLevels, MapsEqualReference) {
     affine_ref.quantize(x.data(), layout, params, s.grid, codes_ref.data());
     EXPECT_EQ(codes, codes_ref) << "quantize, " << bits << " bits";
 
-    const bool code_signed = s.grid.qmin < 0.0f;
-    fast().dequantize(codes_ref.data(), code_signed, layout, params, s.grid.offset, y.data());
-    affine_ref.dequantize(codes_ref.data(), code_signed, layout, params, s.grid.offset, y_ref.data());
+    fast().dequantize(codes_ref.data(), layout, params, s.grid, y.data());
+    affine_ref.dequantize(codes_ref.data(), layout, params, s.grid, y_ref.data());
     EXPECT_EQ(y, y_ref) << "dequantize, " << bits << " bits";
 
     // One decode: fake-quantize is encode and decode.

@@ -29,17 +29,6 @@ Levels = Tensor | Sequence[float]
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Interim:
-    """An element without a kernel of its own yet: computed by the composition."""
-
-    def __init__(self, name: str) -> None:
-        self.default = getattr(composition, name)
-
-
-def _op(name: str, codec: Any) -> Any:
-    return _Interim(name) if codec else getattr(_ops, name)
-
-
 def _codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
     """How codes are read, as the ops take it; nothing for plain integers, their default."""
     if format not in FORMATS:
@@ -71,7 +60,7 @@ def quantize(
     [1, size], or [blocks, size] where each block has its own (then blocks are consecutive values).
     """
     axis = channel_axis(x.shape, scale.shape)
-    codes = _op("quantize", _codec(format, levels, x)).default(
+    codes = _ops.quantize.default(
         to_blocks(x, axis),
         flat(scale),
         flat_or_none(zero_point, minimum),
@@ -101,7 +90,7 @@ def dequantize(
     result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
     offset = flat_or_none(zero_point, minimum)
     codec = _codec(format, levels, codes)
-    _op("dequantize_out", codec).default(blocks, flat(scale), offset, minimum is not None, result, **codec)
+    _ops.dequantize_out.default(blocks, flat(scale), offset, minimum is not None, result, **codec)
     return deliver(result, axis, out)
 
 
@@ -125,7 +114,7 @@ def fake_quantize(
     axis = channel_axis(x.shape, scale.shape)
     arguments = (flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
     codec = _codec(format, levels, x)
-    return apply(_op("fake_quantize", codec), _op("fake_quantize_out", codec), x, axis, arguments, out, codec)
+    return apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out, codec)
 
 
 def fake_quantize_dynamic(
@@ -147,9 +136,7 @@ def fake_quantize_dynamic(
     axis = channel_axis(x.shape, scale_shape)
     arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
     codec = _codec(format, levels, x)
-    interim = codec or rule in ("absmean", "twn")
-    op, op_out = _op("fake_quantize_dynamic", interim), _op("fake_quantize_dynamic_out", interim)
-    return apply(op, op_out, x, axis, arguments, out, codec)
+    return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out, codec)
 
 
 def quantize_dynamic(
@@ -168,7 +155,7 @@ def quantize_dynamic(
     The scale of a block that holds a value that is not finite is NaN.
     """
     axis = channel_axis(x.shape, scale_shape)
-    codes, scale, offset = _op("quantize_dynamic", _codec(format, levels, x) or rule in ("absmean", "twn")).default(
+    codes, scale, offset = _ops.quantize_dynamic.default(
         to_blocks(x.detach(), axis),
         block_length(x.shape, scale_shape),
         qmin,
@@ -209,7 +196,7 @@ def choose_range(
     # The search adds errors in a fixed order that torch's reductions do not keep. It is done once per
     # weight, so it runs in the kernel on the CPU and gives the same ranges on every device.
     values = x.detach().cpu() if mse else x.detach()
-    scale, offset = _op("choose_range", _codec(format, levels, x)).default(
+    scale, offset = _ops.choose_range.default(
         to_blocks(values, axis),
         block_length(x.shape, scale_shape),
         qmin,
@@ -235,9 +222,7 @@ def range_from_min_max(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
     grid = (qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
-    scale, offset = _op("range_from_min_max", _codec(format, levels, lo)).default(
-        flat(lo), flat(hi), *grid, **_codec(format, levels, lo)
-    )
+    scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), *grid, **_codec(format, levels, lo))
     return _parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 

@@ -250,8 +250,7 @@ def _stored(v: Tensor, storage: int) -> Tensor:
 def _abs_sum(rows: Tensor) -> Tensor:
     """Sums of |x| over the rows [blocks, n], float64, added in the order of csrc/core/affine_ref.cpp."""
     blocks, n = rows.shape
-    values = torch.where(rows.isnan(), 0.0, rows.abs())
-    values = torch.nn.functional.pad(values, (0, -n % 4096 if n > 4096 else -n % 16))
+    values = torch.nn.functional.pad(rows.abs(), (0, -n % 4096 if n > 4096 else -n % 16))
     values = values.reshape(blocks, -1, min(values.shape[1], 4096) // 16, 16)
     lanes = torch.zeros_like(values[:, :, 0])
     for i in range(values.shape[2]):
@@ -269,14 +268,16 @@ def _abs_sum(rows: Tensor) -> Tensor:
 
 def _means(rows: Tensor, rule: int) -> tuple[Tensor, Tensor]:
     """(threshold or 0, scale) of the rules that take means of |x|; csrc/core/range.inl."""
-    mean = (_abs_sum(rows) / rows.shape[1]).float()
+    mean = _mean(rows, ~rows.isnan())
     if rule == ABSMEAN:
         return torch.zeros_like(mean), mean
     threshold = 0.7 * mean
-    above = rows.abs() > threshold[:, None]
-    count = above.sum(1)
-    sums = _abs_sum(torch.where(above, rows, 0.0))
-    return threshold, torch.where(count > 0, sums / count, 0.0).float()
+    return threshold, _mean(rows, rows.abs() > threshold[:, None])
+
+
+def _mean(rows: Tensor, counted: Tensor) -> Tensor:
+    count = counted.sum(1)
+    return torch.where(count > 0, _abs_sum(torch.where(counted, rows, 0.0)) / count, 0.0).float()
 
 
 def _largest(qmax: int, format: int, levels: Tensor | None) -> Any:
