@@ -19,6 +19,8 @@ from . import (
     qat,
     testing,
 )
+from .compress import compress
+from .decompress import CompressedSize, compressed_size, decompress, read_compressed
 from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
@@ -58,6 +60,7 @@ __all__ = [
     "TARGETS",
     "Binary",
     "Codebook",
+    "CompressedSize",
     "EmaObserver",
     "FakeQuantize",
     "FixedPoint",
@@ -83,7 +86,10 @@ __all__ = [
     "Ternary",
     "UnsupportedModelError",
     "bits",
+    "compress",
+    "compressed_size",
     "convert",
+    "decompress",
     "describe",
     "evaluate",
     "export",
@@ -98,6 +104,7 @@ __all__ = [
     "qat",
     "quantize",
     "quantize_tensor",
+    "read_compressed",
     "spec",
     "target",
     "testing",
