@@ -95,8 +95,8 @@ inline BlockParams params_of(const Tensor& scale, const std::optional<Tensor>& o
 
 // What codes stand for: the last two arguments of the ops that read or write codes. format: 0 for the
 // integers qmin..qmax, 1 to 5 for minifloats, 6 for a table of `levels` [1 or blocks, size] (core/types.h).
-inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum, int64_t format, const std::optional<Tensor>& levels,
-                    int64_t blocks) {
+inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum, int64_t format = 0,
+                    const std::optional<Tensor>& levels = std::nullopt, int64_t blocks = 1) {
   check(0 <= format && format <= 6, "format must be 0 to 6");
   check(levels.has_value() == (format == 6), "levels are given for format 6, a table, and for no other");
   check(-128 <= qmin && qmin < qmax && qmax <= 255 && qmax - qmin <= 255,
