@@ -18,7 +18,7 @@ from .models import phi
 from .recipe import Recipe, as_recipe
 from .solvers import SOLVERS, quantize_tensor
 from .spec import FloatName, QuantSpec, Target, target
-from .tensor import QuantizedTensor
+from .tensor import PARAMETERS, QuantizedTensor
 
 
 class CheckpointSource:
@@ -70,12 +70,11 @@ class CheckpointSource:
 
 
 def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
-    codes, scales, zero_points, minimums, codebook = (
-        None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
-        for part in ("codes", "scales", "zero_points", "minimums", "codebook")
-    )
-    assert codes is not None
-    return QuantizedTensor(codes, scales, zero_points, minimums, spec, codebook)
+    joined: dict[str, Any] = {
+        part: None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
+        for part in ("codes", *PARAMETERS)
+    }
+    return QuantizedTensor(spec=spec, **joined)
 
 
 def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | None]:

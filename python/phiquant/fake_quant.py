@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, two_level
 from .observers import KeepsDtype, MinMaxObserver, range_arguments
 from .spec import Codebook, FixedPoint, QuantSpec
 from .spec import spec as read_spec
@@ -38,7 +38,9 @@ def fake_quantize(
     if scale is None and spec.has_scale:
         if zero_point is not None or minimum is not None:
             raise ValueError("zero_point and minimum need a scale; leave all three out to take the range from x")
-        return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec), out=out)
+        if spec.two_level is None:
+            return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec), out=out)
+        scale, minimum = two_level.choose(x, spec, range_arguments(spec)).block_values()
     parts = (block_scales(spec, x, scale), zero_point, minimum)
     return ops.fake_quantize(x, *parts, **_grid(spec, x, codebook), out=out)
 
@@ -84,6 +86,8 @@ class FakeQuantize(KeepsDtype):
             raise ValueError(f"a FakeQuantize keeps no codebook for {self.spec}; use fake_quantize(..., codebook=)")
         if range == "observer" and not self.spec.has_scale:
             raise ValueError(f"{self.spec} has no scale to observe; use range='tensor'")
+        if range == "observer" and self.spec.two_level is not None:
+            raise ValueError(f"{self.spec} takes its two levels of scales from each tensor; use range='tensor'")
         self.range = range
         self.observing = range == "observer"
         self.observer = (observer or MinMaxObserver(self.spec)) if range == "observer" else None
@@ -162,7 +166,25 @@ def encode_dynamic(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """
     if isinstance(spec.element, FixedPoint):
         return encode(x, spec, None)
+    if spec.two_level is not None:
+        return encode_two_level(x, spec)
     codes, scale, zero_point, minimum = ops.quantize_dynamic(
         x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec)
     )
     return QuantizedTensor(codes.contiguous(), scale, zero_point, minimum, spec)
+
+
+def encode_two_level(x: Tensor, spec: QuantSpec, mse: bool = False) -> QuantizedTensor:
+    """Codes of x on the grid of scales stored in two levels, from min-max ranges or (mse) the best ones."""
+    chosen = two_level.choose(x, spec, range_arguments(spec), mse=mse)
+    scale, minimum = chosen.block_values()
+    codes = ops.quantize(x.detach(), scale, None, minimum, **_grid(spec, x, None))
+    return QuantizedTensor(
+        codes.contiguous(),
+        chosen.scales,
+        None,
+        chosen.minimums,
+        spec,
+        super_scales=chosen.super_scales,
+        super_minimums=chosen.super_minimums,
+    )

@@ -17,7 +17,7 @@ from .errors import PhiquantError
 from .fake_quant import FakeQuantize
 from .observers import KeepsDtype
 from .spec import QuantSpec
-from .tensor import QuantizedTensor
+from .tensor import PARAMETERS, QuantizedTensor
 
 
 class QATLinear(nn.Linear):
@@ -62,12 +62,12 @@ class StoredCodes(KeepsDtype):
     def __init__(self, quantized: QuantizedTensor) -> None:
         super().__init__()
         self.spec: QuantSpec = quantized.spec
-        for name in ("codes", "scales", "zero_points", "minimums", "codebook"):
+        for name in ("codes", *PARAMETERS):
             self.register_buffer(name, getattr(quantized, name))
 
     @property
     def quantized(self) -> QuantizedTensor:
-        return QuantizedTensor(self.codes, self.scales, self.zero_points, self.minimums, self.spec, self.codebook)
+        return QuantizedTensor(spec=self.spec, **{name: getattr(self, name) for name in ("codes", *PARAMETERS)})
 
     def extra_repr(self) -> str:
         return f"{self.spec}, shape={list(self.codes.shape)}"

@@ -134,7 +134,8 @@ def range_arguments(spec: QuantSpec) -> dict:
     if not spec.has_scale:
         raise ValueError(f"the grid of {spec} does not depend on a range: {_WITHOUT_RANGE[type(element)]}")
     rule = spec.anchor if spec.offset == "none" else spec.offset
-    known = {"qmin": element.qmin, "qmax": element.qmax, "rule": rule, "scale_dtype": getattr(torch, spec.scale_dtype)}
+    stored = spec.scale_dtype if spec.two_level is None else "float32"  # two_level.py rounds them from there
+    known = {"qmin": element.qmin, "qmax": element.qmax, "rule": rule, "scale_dtype": getattr(torch, stored)}
     return known | element_arguments(element)
 
 

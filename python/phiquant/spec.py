@@ -2,7 +2,7 @@
 
 A `QuantSpec` is a frozen value. It determines the grid completely: the same spec gives the same
 codes in the solvers, in training and in every file. A `Target` is a named spec of a deployment
-format. This module imports only the elements, and no torch.
+format. This module imports only the elements and the storage of scales, and no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .elements import Binary, Codebook, Element, FixedPoint, Float, Int, NormalFloat, Ternary, read_element
+from .storage import TwoLevel, read_two_level
 
 __all__ = [
     "FLOAT_BITS",
@@ -38,6 +39,7 @@ __all__ = [
     "Shape",
     "Target",
     "Ternary",
+    "TwoLevel",
     "spec",
     "target",
     "with_bits",
@@ -45,10 +47,12 @@ __all__ = [
 
 Shape = tuple[int, ...]
 FloatName = Literal["float32", "float16", "bfloat16"]
+ScaleName = Literal[FloatName, "float8_e8m0fnu", "float8_e4m3fn"]
 Offset = Literal["none", "zero_point", "minimum"]
 Anchor = Literal["absmax", "signed_absmax", "absmean", "twn"]
 
 FLOAT_BITS: dict[str, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+SCALE_BITS: dict[str, int] = FLOAT_BITS | {"float8_e8m0fnu": 8, "float8_e4m3fn": 8}
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,9 @@ class QuantSpec:
         not 0 where |x| > 0.7 mean|x|, s = the mean of those |x|; or "absmean" (BitNet b1.58):
         s = mean|x|, the nearest code.
     scale_dtype: how s (and m, and the levels of a codebook) are stored. The stored, rounded value is the grid.
+        "float8_e4m3fn" and "float8_e8m0fnu" hold s alone; the latter is a power of two by the rule of the MX
+        formats: s = 2^(floor(log2 max|x|) - e), 2^e the largest power of two in the element.
+    two_level: s (and m) are codes of a few bits, scaled by a float of `scale_dtype` per super-block.
 
     FixedPoint and Codebook have no scale: their step is fixed, their levels are stored.
     """
@@ -128,8 +135,9 @@ class QuantSpec:
     element: Element
     granularity: Granularity
     offset: Offset = "none"
-    scale_dtype: FloatName = "float32"
+    scale_dtype: ScaleName = "float32"
     anchor: Anchor = "absmax"
+    two_level: TwoLevel | None = None
 
     def __post_init__(self) -> None:
         own: dict[type, Anchor] = {Binary: "absmean", Ternary: "twn"}
@@ -141,8 +149,8 @@ class QuantSpec:
     def _problem(self) -> str:
         """Why these parts do not make a grid, or ""."""
         element = self.element
-        if self.scale_dtype not in FLOAT_BITS:
-            return f"scale_dtype is one of {', '.join(FLOAT_BITS)}, not {self.scale_dtype!r}"
+        if problem := self._storage_problem():
+            return problem
         if not isinstance(element, Int) and self.offset != "none":
             return f"{element} has no offset; only integers take 'asym' or 'min'"
         if self.anchor == "absmean" and not isinstance(element, Binary | Ternary):
@@ -165,6 +173,27 @@ class QuantSpec:
             return f"{element} without an offset holds no negative value; use 'asym', or a signed element"
         if self.offset == "none" and element.qmax == 0 and self.anchor == "absmax":
             return f"{element} has the codes -1 and 0, so 'sym' has no largest level; use 'binary', 'signmax' or 'asym'"
+        return ""
+
+    def _storage_problem(self) -> str:
+        """Why scales cannot be stored like this, or ""."""
+        if self.scale_dtype not in SCALE_BITS:
+            return f"scale_dtype is one of {', '.join(SCALE_BITS)}, not {self.scale_dtype!r}"
+        if self.scale_dtype not in FLOAT_BITS and (self.offset != "none" or not self.has_scale):
+            return f"{self.scale_dtype} stores the scale of a grid without offset, nothing else"
+        if self.scale_dtype == "float8_e8m0fnu" and self.anchor != "absmax":
+            return f"a scale in float8_e8m0fnu is a power of two above 0, which {self.anchor!r} does not give"
+        if self.two_level is None:
+            return ""
+        if self.scale_dtype not in FLOAT_BITS:
+            return f"the upper of two levels is stored in {', '.join(FLOAT_BITS)}, not in {self.scale_dtype}"
+        if self.offset == "zero_point" or not self.has_scale or not isinstance(self.granularity, PerGroup):
+            return "two levels of scales are for groups, with a scale, and without an integer zero point"
+        if self.anchor == "signed_absmax" and not self.two_level.signed:
+            return f"'signmax' makes scales of both signs; {self.two_level.sub} holds none below 0, use int4..int8"
+        block = self.two_level.super_block
+        if isinstance(block, int) and block % self.granularity.size:
+            return f"a super-block of {block} values is not a whole number of groups of {self.granularity.size}"
         return ""
 
     @property
@@ -201,6 +230,27 @@ class QuantSpec:
                         f"group size {size} does not divide the last dimension {last} of shape "
                         f"{list(shape)}; these would: {', '.join(map(str, fits)) or 'none of 16..256'}"
                     )
+                if self.two_level is not None:
+                    self.super_shape(shape)
+                return (*shape[:-1], shape[-1] // size)
+
+    def super_shape(self, shape: Shape) -> Shape:
+        """Shape of `super_scales` for a tensor of `shape`; [N, K] -> [N, K / super_block]. Of two-level specs alone."""
+        if self.two_level is None:
+            raise ValueError(f"the scales of {self} are stored in one level")
+        shape = tuple(shape)
+        match self.two_level.super_block:
+            case "tensor":
+                return (1,) * max(1, len(shape))
+            case "channel":
+                return (*shape[:-1], 1)
+            case size:
+                if not shape or shape[-1] % size:
+                    last = shape[-1] if shape else 0
+                    raise ValueError(
+                        f"a super-block of {size} values does not divide the last dimension {last} of "
+                        f"shape {list(shape)}; choose a spec with plain groups for this tensor"
+                    )
                 return (*shape[:-1], shape[-1] // size)
 
     def block_size(self, shape: Shape) -> int:
@@ -210,7 +260,10 @@ class QuantSpec:
 
     def bits_per_weight(self, shape: Shape) -> float:
         """Stored bits per value: code, scale and offset, or the levels of its codebook."""
-        per_block: float = FLOAT_BITS[self.scale_dtype]
+        per_block: float = SCALE_BITS[self.scale_dtype]
+        if self.two_level is not None:
+            blocks, supers = math.prod(self.scale_shape(shape)), math.prod(self.super_shape(shape))
+            per_block = self.two_level.bits + per_block * supers / max(1, blocks)
         if isinstance(self.element, FixedPoint):
             per_block = 0
         elif isinstance(self.element, Codebook):
@@ -229,8 +282,9 @@ class QuantSpec:
             kind = "-absmean"
         elif not self.has_scale:
             kind = ""
-        scale = {"float32": "", "float16": "-f16", "bfloat16": "-bf16"}[self.scale_dtype]
-        return f"{self.element}-{self.granularity}{kind}{scale}"
+        scale = "" if self.scale_dtype == "float32" else f"-{_SCALE_TEXT[self.scale_dtype]}"
+        levels = "" if self.two_level is None else f"-{self.two_level}"
+        return f"{self.element}-{self.granularity}{kind}{scale}{levels}"
 
 
 @dataclass(frozen=True)
@@ -268,11 +322,32 @@ TARGETS = _targets(
 
 _SPEC_TEXT = re.compile(
     r"(?P<element>[a-z0-9_.]+)(?:-(?P<grain>tensor|channel\d*|token|row|rows\d+|g\d+))?"
-    r"(?:-(?P<kind>sym|signmax|asym|min|absmean))?(?:-(?P<scale>f32|f16|bf16))?"
+    r"(?:-(?P<kind>sym|signmax|asym|min|absmean))?(?:-(?P<scale>f32|f16|bf16|e8m0|e4m3))?"
+    r"(?:-(?P<levels>(?:u?int[2-8]|e4m3)/(?:\d+|tensor|channel)))?"
 )
-_SCALE_DTYPE: dict[str | None, FloatName] = {None: "float32", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_SCALE_DTYPE: dict[str | None, ScaleName] = {
+    None: "float32", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
+    "e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn",
+}  # fmt: skip
+_SCALE_TEXT = {dtype: text for text, dtype in _SCALE_DTYPE.items()}
 _OFFSET: dict[str | None, Offset] = {"asym": "zero_point", "min": "minimum"}
 _ANCHOR: dict[str | None, Anchor] = {"signmax": "signed_absmax", "absmean": "absmean"}
+
+
+# Block formats of the field by the names they go by: each is one line of the language of `spec`.
+NAMED = {
+    "mxfp4": "fp4_e2m1-g32-sym-e8m0",
+    "mxfp8_e4m3": "fp8_e4m3-g32-sym-e8m0",
+    "mxfp8_e5m2": "fp8_e5m2-g32-sym-e8m0",
+    "mxint8": "int8-g32-sym-e8m0",
+    "nvfp4": "fp4_e2m1-g16-sym-e4m3/tensor",
+    "vsq4": "int4-g16-sym-f16-uint4/channel",
+    "q2_k": "uint2-g16-min-f16-uint4/256",
+    "q3_k": "int3-g16-signmax-f16-int6/256",
+    "q4_k": "uint4-g32-min-f16-uint6/256",
+    "q5_k": "uint5-g32-min-f16-uint6/256",
+    "q6_k": "int6-g16-signmax-f16-int8/256",
+}
 
 
 def target(name: str) -> Target:
@@ -283,13 +358,14 @@ def target(name: str) -> Target:
 
 
 def spec(text: str | QuantSpec | Target) -> QuantSpec:
-    """Read a spec: a target's name, or `<element>-<granularity>-<kind>[-<scale>]`.
+    """Read a spec: a target's name, or `<element>-<granularity>-<kind>[-<scale>][-<two levels>]`.
 
     element: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, fp4_e1m2, fp4_e3m0, nf4, binary,
     ternary, q<m>.<n> (fixed point), codebook2..codebook256; granularity: tensor, channel, channel1,
     token, row, rows8, g32 ...; kind: sym, signmax (symmetric, anchored on the signed extreme), asym
     (integer zero point), min (float minimum), absmean (of ternary), none for fixed point and
-    codebooks; scale: f32 (default), f16, bf16. Examples: "int4-g32-sym", "uint4-g64-asym",
+    codebooks; scale: f32 (default), f16, bf16, e8m0 (powers of two), e4m3; two levels: uint6/256, int8/256,
+    e4m3/tensor, uint4/channel ... (storage.py). Names of such grids: NAMED. Examples: "int4-g32-sym", "uint4-g64-asym",
     "fp8_e4m3-channel-sym", "nf4-g64-sym", "binary-channel-sym", "codebook16-row", "q3.4", "gguf:Q4_0".
     """
     if isinstance(text, QuantSpec):
@@ -299,6 +375,8 @@ def spec(text: str | QuantSpec | Target) -> QuantSpec:
         if named.spec is None:
             raise ValueError(f"target {named.name} stores floats; it has no quantization grid")
         return named.spec
+    if text in NAMED:
+        return spec(NAMED[text])
     if ":" in text:
         return spec(target(text))
     found = _SPEC_TEXT.fullmatch(text)
@@ -317,6 +395,7 @@ def spec(text: str | QuantSpec | Target) -> QuantSpec:
         offset=_OFFSET.get(found["kind"], "none"),
         scale_dtype=_SCALE_DTYPE[found["scale"]],
         anchor=_ANCHOR.get(found["kind"], "absmax"),
+        two_level=read_two_level(found["levels"]) if found["levels"] else None,
     )
 
 
@@ -339,7 +418,8 @@ def _unreadable(text: str, reason: str = "") -> ValueError:
     return ValueError(
         f"cannot read spec {text!r}{': ' if reason else ''}{reason}; expected a target's name "
         f"({', '.join(TARGETS)}) or <element>-<tensor|channel|token|row|rows<n>|g<size>>-<sym|signmax|asym|min|absmean>"
-        "[-<f32|f16|bf16>], such as 'int4-g32-sym', 'fp8_e4m3-channel-sym', 'nf4-g64-sym', 'codebook16-row' or 'q3.4'"
+        "[-<f32|f16|bf16|e8m0|e4m3>][-<two levels>], such as 'int4-g32-sym', 'fp8_e4m3-channel-sym', 'nf4-g64-sym', "
+        f"'codebook16-row' or 'q3.4', or one of {', '.join(NAMED)}"
     )
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import ops, two_level
 from .spec import Binary, Codebook, Element, FixedPoint, Float, NormalFloat, QuantSpec
+
+PARAMETERS = ("scales", "zero_points", "minimums", "codebook", "super_scales", "super_minimums")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,9 @@ class QuantizedTensor:
     minimums: dtype and shape of `scales`, or None unless spec.offset is "minimum".
     codebook: `spec.scale_dtype` [blocks, element.size], the levels of each block, ascending; None unless
         the element is a Codebook. Blocks are in the order of `spec.scale_shape`, row-major.
+    super_scales, super_minimums: where `spec.two_level` is set, scales and minimums hold codes (dtype
+        `spec.two_level.dtype`), and these, `spec.scale_dtype` of shape `spec.super_shape(codes.shape)`, their
+        scales: s = super_scale * scale, m = -(super_minimum * minimum), in float32. None otherwise.
     """
 
     codes: torch.Tensor
@@ -35,6 +40,8 @@ class QuantizedTensor:
     minimums: torch.Tensor | None
     spec: QuantSpec
     codebook: torch.Tensor | None = None
+    super_scales: torch.Tensor | None = None
+    super_minimums: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -42,18 +49,24 @@ class QuantizedTensor:
         code_dtype = torch.int8 if spec.element.signed else torch.uint8
         if self.codes.dtype != code_dtype:
             raise ValueError(f"codes of {spec} are {code_dtype}, got {self.codes.dtype}")
-        has_codebook = isinstance(spec.element, Codebook)
+        has_codebook, two = isinstance(spec.element, Codebook), spec.two_level is not None
         for name, value, wanted in (
             ("scales", self.scales, spec.has_scale),
             ("zero_points", self.zero_points, spec.offset == "zero_point"),
             ("minimums", self.minimums, spec.offset == "minimum"),
             ("codebook", self.codebook, has_codebook),
+            ("super_scales", self.super_scales, two),
+            ("super_minimums", self.super_minimums, two and spec.offset == "minimum"),
         ):
             if (value is not None) != wanted:
                 raise ValueError(f"{name} must {'' if wanted else 'not '}be given for {spec}")
             shape = (math.prod(expected), spec.element.qmax + 1) if name == "codebook" else expected
             dtype = torch.int32 if name == "zero_points" else getattr(torch, spec.scale_dtype)
-            wrong_dtype = name in ("scales", "codebook") and value is not None and value.dtype != dtype
+            if name.startswith("super"):
+                shape = spec.super_shape(tuple(self.codes.shape)) if two else ()
+            elif spec.two_level is not None:
+                dtype = getattr(torch, spec.two_level.dtype)
+            wrong_dtype = name not in ("zero_points", "minimums") and value is not None and value.dtype != dtype
             if value is not None and (tuple(value.shape) != shape or wrong_dtype):
                 raise ValueError(
                     f"{name} of {spec} for shape {list(self.codes.shape)} are {dtype} {list(shape)}, "
@@ -66,20 +79,33 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The real values of the codes, computed in float32, in the shape of the weight."""
-        scales = block_scales(self.spec, self.codes, self.scales)
-        parts = (self.codes, scales, self.zero_points, self.minimums)
+        parts = (self.codes, *self.grid())
         return ops.dequantize(*parts, **element_arguments(self.spec.element, self.codebook), dtype=dtype)
+
+    def grid(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(scale, zero_point, minimum) per block as the ops take them: float32 where they are stored in two levels."""
+        if self.super_scales is None or self.scales is None:
+            return block_scales(self.spec, self.codes, self.scales), self.zero_points, self.minimums
+        stored = two_level.Parameters(self.scales, self.super_scales, self.minimums, self.super_minimums)
+        scale, minimum = stored.block_values()
+        return scale, None, minimum
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What is stored beside the codes, by the names above, in the order in which digests take it."""
+        named = {name: getattr(self, name) for name in PARAMETERS}
+        return {name: value for name, value in named.items() if value is not None}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the codes and of the parameters as stored: what a receipt lists.
 
         codes: one byte per value, row-major. parameters: bytes of the scales, then of the zero
-        points (int32) or minimums, or of the codebook alone; row-major, little endian.
+        points (int32) or minimums, the codebook, super-block scales, super-block minimums, where there
+        are such; row-major, little endian.
         """
         parameters = hashlib.sha256()
-        for part in (self.scales, self.zero_points, self.minimums, self.codebook):
-            if part is not None:
-                parameters.update(_raw(part))
+        for part in self.parameters.values():
+            parameters.update(_raw(part))
         return {"codes": hashlib.sha256(_raw(self.codes)).hexdigest(), "parameters": parameters.hexdigest()}
 
 

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import PhiquantError
 from ..spec import TARGETS
-from ..tensor import QuantizedTensor
+from ..tensor import PARAMETERS, QuantizedTensor
 from .partial import write_atomically
 from .source import Entry
 
@@ -39,14 +39,13 @@ class TensorDigest:
 
     def __init__(self) -> None:
         self._codes, self._values = hashlib.sha256(), hashlib.sha256()
-        self._parameters: list[list[torch.Tensor]] = [[], [], [], []]
+        self._parameters: list[list[torch.Tensor]] = [[] for _ in PARAMETERS]
 
     def add_codes(self, piece: QuantizedTensor) -> None:
         self._codes.update(raw(piece.codes))
-        parameters = (piece.scales, piece.zero_points, piece.minimums, piece.codebook)
-        for kept, value in zip(self._parameters, parameters, strict=True):
-            if value is not None:
-                kept.append(value)
+        for kept, name in zip(self._parameters, PARAMETERS, strict=True):
+            if name in piece.parameters:
+                kept.append(piece.parameters[name])
 
     def add_values(self, stored: bytes | bytearray | memoryview) -> None:
         self._values.update(stored)

@@ -83,7 +83,8 @@ def row_slices(entry: Entry) -> Iterator[slice]:
     rows = entry.shape[0] if entry.shape else 1
     independent = entry.spec is None or entry.spec.granularity == PerChannel(0)
     if not independent and isinstance(entry.spec, QuantSpec):
-        independent = isinstance(entry.spec.granularity, PerGroup) and len(entry.shape) > 1
+        whole = entry.spec.two_level is not None and entry.spec.two_level.super_block == "tensor"
+        independent = isinstance(entry.spec.granularity, PerGroup) and len(entry.shape) > 1 and not whole
     if not independent or len(entry.shape) < 1:
         yield slice(0, rows)
         return

@@ -39,7 +39,8 @@ def quantize_tensor(
         raise PhiquantError(f"{name}: {error}") from error
     result = SOLVERS[solver](w.detach(), spec)
     # A solver gives a NaN scale to a block in which it met a value that is not finite.
-    poisoned = ~torch.isfinite(w) if result.scales is None else result.scales.isnan()
+    marked = None if spec.two_level else result.scales
+    poisoned = ~torch.isfinite(w) if marked is None else marked.isnan()
     if bool(poisoned.any()):
         raise _not_finite(w, name, first_row)
     return result

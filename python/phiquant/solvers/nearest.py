@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..fake_quant import encode, encode_dynamic
+from ..fake_quant import encode, encode_dynamic, encode_two_level
 from ..observers import range_arguments
 from ..spec import QuantSpec
 from ..tensor import QuantizedTensor
@@ -20,7 +20,12 @@ def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
 
 
 def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """As `rtn`, on the shrunken range that minimises the block's squared error; never worse in that error."""
+    """As `rtn`, on the shrunken range that minimises the block's squared error; never worse in that error.
+
+    Where scales are stored in two levels, the range is the best one before its scale is rounded to its code.
+    """
+    if spec.two_level is not None:
+        return encode_two_level(w, spec, mse=True)
     scale, zero_point, minimum = ops.choose_range(
         w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec), mse=True
     )

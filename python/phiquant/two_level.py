@@ -1,0 +1,83 @@
+"""Scales stored in two levels: chosen, rounded level by level, and put together again.
+
+The upper level is the rule of the lower one once more: the scales of a super-block are quantized by
+the same kernels as the values of a block. Every float is rounded to its stored type before anything
+that depends on it is rounded: super-block scale, block codes, and last the codes of the values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .spec import QuantSpec, Shape
+
+
+class Parameters(NamedTuple):
+    """The stored parameters of a two-level spec, named as in `QuantizedTensor`."""
+
+    scales: Tensor
+    super_scales: Tensor
+    minimums: Tensor | None = None
+    super_minimums: Tensor | None = None
+
+    def block_values(self) -> tuple[Tensor, Tensor | None]:
+        """(scale, minimum) of every block, float32: the grid as it is stored."""
+        scale = values(self.scales, self.super_scales)
+        if self.minimums is None or self.super_minimums is None:
+            return scale, None
+        return scale, -values(self.minimums, self.super_minimums)
+
+
+def values(codes: Tensor, super_scales: Tensor) -> Tensor:
+    """super_scale * code of every block, float32 in the shape of `codes`."""
+    supers = super_scales.float()
+    return (codes.float().unflatten(-1, (supers.shape[-1], -1)) * supers.unsqueeze(-1)).flatten(-2)
+
+
+@torch.no_grad()
+def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Parameters:
+    """The parameters of x on its min-max ranges (`mse`: on the ranges of least squared error).
+
+    grid: the keyword arguments of `ops.choose_range` for the spec's element and rule, scales in float32.
+    With a minimum, a block's range is widened to hold 0, and its scale follows from the minimum as
+    stored. A super-block with a value that is infinite gets NaN.
+    """
+    shape = tuple(x.shape)
+    blocks, supers = spec.scale_shape(shape), spec.super_shape(shape)
+    if spec.offset == "none":
+        scale, _, _ = ops.choose_range(x, blocks, **grid, mse=mse)
+        return Parameters(*_quantize(scale, supers, spec))
+    steps = spec.element.qmax
+    if mse:
+        scale, _, low = ops.choose_range(x, blocks, **grid, mse=True)
+        assert low is not None
+        high = low + steps * scale
+    else:
+        low, high = ops.min_max(x, blocks)
+    minimums, super_minimums = _quantize(-low.clamp(max=0), supers, spec)
+    low = -values(minimums, super_minimums)
+    scales, super_scales = _quantize(((high - low) / steps).clamp(min=0), supers, spec)
+    return Parameters(scales, super_scales, minimums, super_minimums)
+
+
+def _quantize(scale: Tensor, supers: Shape, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(codes, super_scales) of the blocks' ideal scales."""
+    two_level = spec.two_level
+    assert two_level is not None
+    stored = getattr(torch, two_level.dtype)
+    if scale.numel() == 0:
+        return scale.to(stored), scale.new_zeros(supers, dtype=getattr(torch, spec.scale_dtype))
+    codes, super_scales, _, _ = ops.quantize_dynamic(
+        scale,
+        supers,
+        qmin=two_level.qmin,
+        qmax=two_level.qmax,
+        rule="signed_absmax" if two_level.signed else "absmax",
+        scale_dtype=getattr(torch, spec.scale_dtype),
+        format="e4m3fn" if two_level.is_float else "integer",
+    )
+    return codes.view(stored), super_scales
