@@ -6,8 +6,10 @@
 #include "core/kmeans.h"
 
 #include <limits>
+#include <tuple>
 #include <vector>
 
+#include "core/kmeans_vectors.h"
 #include "ops/blocks.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
@@ -18,6 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
   m.def(
       "kmeans_minibatch(Tensor x, Tensor? weights, Tensor? init, int block, int k, bool keep_zero, int start, int "
       "seed, int iterations, int batch, int batches) -> Tensor");
+  m.def("kmeans_vectors(Tensor x, Tensor? weights, int k, int seed, int iterations) -> (Tensor, Tensor)");
   m.def("codebook_lookup(Tensor codebook, Tensor codes, ScalarType dtype, bool mean) -> Tensor");
   m.def("codebook_gradient(Tensor grad, Tensor codes, int blocks, int size, bool mean) -> Tensor");
 }
@@ -115,6 +118,32 @@ Tensor minibatch(const Tensor& x, const std::optional<Tensor>& weights, const st
   });
 }
 
+std::tuple<Tensor, Tensor> vectors(const Tensor& x, const std::optional<Tensor>& weights, int64_t k, int64_t seed,
+                                   int64_t iterations) {
+  check_float32(x, "x");
+  check(x.dim() == 2 && (x.size(1) == 2 || x.size(1) == 4), "x must be [n, 2] or [n, 4]");
+  check(x.size(0) > 0, "x has no vectors to cluster");
+  check(1 <= k && k <= 256, "k must be 1 to 256, got " + std::to_string(k));
+  check(iterations >= 0, "iterations must not be negative");
+  if (weights) {
+    check_float32(*weights, "weights");
+    check(weights->numel() == x.size(0), "weights must have one value for each vector");
+  }
+  const Vectors v = {static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1)};
+  const auto* h = weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr;
+  Tensor codebook = torch::stable::new_empty(x, {k, v.dim});
+  Tensor codes = torch::stable::new_empty(x, {v.n}, ScalarType::Byte);
+  auto* levels = static_cast<float*>(codebook.mutable_data_ptr());
+  if (!affine_kernels().all_finite(v.x, {Dtype::f32, 1, v.n * v.dim})) {
+    std::fill_n(levels, k * v.dim, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(static_cast<uint8_t*>(codes.mutable_data_ptr()), v.n, uint8_t{0});
+  } else {
+    kmeans_vectors(v, h, k, {static_cast<uint64_t>(seed), iterations}, levels,
+                   static_cast<uint8_t*>(codes.mutable_data_ptr()), parallel);
+  }
+  return {codebook, codes};
+}
+
 // Values of the codes of `blocks` blocks.
 Layout codes_layout(const Tensor& codes, int64_t blocks, int64_t size, Dtype dtype) {
   check(codes.scalar_type() == ScalarType::Byte, "codes must be uint8");
@@ -183,6 +212,7 @@ STABLE_TORCH_LIBRARY_IMPL(phiquant, CPU, m) {
   m.impl("kmeans_exact", TORCH_BOX(&exact));
   m.impl("kmeans_lloyd", TORCH_BOX(&lloyd));
   m.impl("kmeans_minibatch", TORCH_BOX(&minibatch));
+  m.impl("kmeans_vectors", TORCH_BOX(&vectors));
   m.impl("codebook_lookup", TORCH_BOX(&lookup));
   m.impl("codebook_gradient", TORCH_BOX(&codebook_gradient));
 }

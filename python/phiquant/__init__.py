@@ -19,13 +19,14 @@ from . import (
     qat,
     testing,
 )
+from .codebook_linear import CodebookLinear
 from .compress import compress
 from .decompress import CompressedSize, compressed_size, decompress, read_compressed
 from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
-from .kmeans import kmeans
+from .kmeans import kmeans, vector_kmeans
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
 from .observers import EmaObserver, MinMaxObserver
@@ -60,6 +61,7 @@ __all__ = [
     "TARGETS",
     "Binary",
     "Codebook",
+    "CodebookLinear",
     "CompressedSize",
     "EmaObserver",
     "FakeQuantize",
@@ -108,5 +110,6 @@ __all__ = [
     "spec",
     "target",
     "testing",
+    "vector_kmeans",
     "verify",
 ]

@@ -49,6 +49,36 @@ def kmeans(
     values = w.detach().contiguous()
     block = _block(w, rows)
     codebook = METHODS[method](values, expand_weights(weights, w), block, k, keep_zero=keep_zero, **options)
+    _check_finite(codebook, w)
+    codes = ops.codebook_assign(values, codebook)
+    return codebook[0] if rows is None else codebook, codes
+
+
+def vector_kmeans(
+    w: Tensor, k: int, dim: int, weights: Tensor | None = None, *, seed: int = 0, iterations: int = 25
+) -> tuple[Tensor, Tensor]:
+    """Codebook of vectors: each `dim` (2 or 4) neighbouring values of w's last axis share a code.
+
+    w: [..., K], dim divides K. k: 1 to 256, so k = 256 costs 8 / dim bits a value. weights: importance of each vector,
+    of a shape that expands to [..., K / dim]. Lloyd's algorithm from k-means++: a local optimum that depends on `seed`.
+
+    Returns codebook float32 [k, dim] and codes uint8 [..., K / dim]: codebook[codes].reshape(w.shape) is near w.
+    Errors as for `kmeans`.
+    """
+    if dim not in (2, 4) or w.ndim == 0 or w.shape[-1] % dim:
+        raise ValueError(f"dim is 2 or 4 and divides the last axis; got dim={dim} for w of shape {list(w.shape)}")
+    points = w.detach().float().reshape(-1, dim).contiguous()
+    shape = (*w.shape[:-1], w.shape[-1] // dim)
+    each = expand_weights(weights, points.new_empty(()).expand(shape))
+    codebook, codes = ops.kmeans_vectors(
+        points, None if each is None else each.reshape(-1), k, seed=seed, iterations=iterations
+    )
+    _check_finite(codebook, w)
+    return codebook, codes.reshape(shape)
+
+
+def _check_finite(codebook: Tensor, w: Tensor) -> None:
+    """The kernels give NaN levels to a block with a value that is not finite: name it."""
     if bool(codebook.isnan().any()):
         index = torch.nonzero(~torch.isfinite(w))
         first = tuple(index[0].tolist())
@@ -56,8 +86,6 @@ def kmeans(
             f"w holds {len(index)} value(s) that are not finite, the first is {w[first].item()} at index "
             f"{list(first)}; repair the checkpoint, or leave this tensor in float"
         )
-    codes = ops.codebook_assign(values, codebook)
-    return codebook[0] if rows is None else codebook, codes
 
 
 def _block(w: Tensor, rows: int | None) -> int:

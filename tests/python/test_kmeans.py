@@ -351,6 +351,60 @@ def test_the_toy_of_the_notebook_has_four_values_after_two_bits() -> None:
     assert len(codebook[codes.long()].unique()) == 4
 
 
+# --- vectors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_vectors_end_at_a_fixed_point_near_scikit_learn(level: str, dim: int, weighted: bool) -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    w = gaussian(60, 40, seed=22)
+    h = gaussian(60, 40 // dim, seed=23).square() if weighted else None
+    codebook, codes = pq.vector_kmeans(w, 16, dim, h, iterations=300)
+    points = w.reshape(-1, dim).double()
+    distances = (points[:, None] - codebook.double()).square().sum(-1)
+    nearest, chosen = distances.min(1).values, distances.gather(1, codes.view(-1, 1).long())[:, 0]
+    torch.testing.assert_close(chosen, nearest, rtol=1e-6, atol=1e-9)
+    each = torch.ones(len(points)) if h is None else h.flatten()
+    for c in range(16):
+        mine = codes.flatten() == c
+        mean = (points[mine] * each[mine, None]).sum(0) / each[mine].sum()
+        torch.testing.assert_close(codebook[c].double(), mean, rtol=1e-5, atol=1e-6)
+    model = cluster.KMeans(16, n_init=1, random_state=0).fit(points.numpy(), sample_weight=each.numpy())
+    assert (chosen * each).sum() < 1.1 * model.inertia_
+
+
+def test_vectors_are_the_same_at_every_level_and_thread_count() -> None:
+    w = gaussian(300, 404, seed=24)
+    w[3, :8] = 0.0
+    results = []
+    levels, threads = (_C.cpu_level(), torch.get_num_threads())
+    for name in _C.build_info()["cpu_levels"]:
+        for n in (1, 2):
+            _C.set_cpu_level(name)
+            torch.set_num_threads(n)
+            results.append(pq.vector_kmeans(w, 30, 4, iterations=4, seed=5))
+    _C.set_cpu_level(levels)
+    torch.set_num_threads(threads)
+    for codebook, codes in results[1:]:
+        assert torch.equal(codebook, results[0][0])
+        assert torch.equal(codes, results[0][1])
+
+
+def test_vectors_beat_numbers_at_equal_bits_and_refuse_what_does_not_fit() -> None:
+    # Neighbours that agree: two bits for a pair are better spent together than one for each.
+    w = gaussian(64, 32, seed=25).repeat_interleave(2, 1) + 0.1 * gaussian(64, 64, seed=26)
+    codebook, codes = pq.vector_kmeans(w, 4, 2)
+    pairs = (codebook[codes.long()].reshape(w.shape) - w).square().sum()
+    assert pairs < 0.5 * inertia(w, *pq.kmeans(w, 2))
+    assert pq.vector_kmeans(w[:1, :4], 6, 2)[0].shape == (6, 2)  # fewer vectors than levels
+    with pytest.raises(ValueError, match="dim is 2 or 4"):
+        pq.vector_kmeans(w, 4, 3)
+    w[5, 6] = float("inf")
+    with pytest.raises(PhiquantError, match=r"\[5, 6\]"):
+        pq.vector_kmeans(w, 4, 2)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -443,6 +497,7 @@ def _samples() -> list[tuple[str, tuple]]:
     return [
         ("kmeans_exact", (x, h, 32, 4, False)),
         ("kmeans_lloyd", (x, None, gaussian(4, 4), 32, 4, False, 4, 0, 5)),
+        ("kmeans_vectors", (x.view(-1, 4), h[0], 3, 0, 4)),
         ("kmeans_minibatch", (x, None, None, 128, 4, True, 0, 0, 5, 16, 3)),
         ("codebook_lookup", (table, codes, torch.bfloat16, True)),
         ("codebook_gradient", (x, codes, 2, 8, True)),

@@ -46,6 +46,7 @@ from .kmeans import (  # noqa: E402
     kmeans_exact,
     kmeans_lloyd,
     kmeans_minibatch,
+    kmeans_vectors,
 )
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "kmeans_exact",
     "kmeans_lloyd",
     "kmeans_minibatch",
+    "kmeans_vectors",
     "linear_codes",
     "linear_floats",
     "linear_sums",

@@ -64,6 +64,15 @@ def kmeans_minibatch(
     ).to(x.device)
 
 
+def kmeans_vectors(
+    x: Tensor, weights: Tensor | None, k: int, *, seed: int = 0, iterations: int = 25
+) -> tuple[Tensor, Tensor]:
+    """(codebook float32 [k, dim], codes uint8 [n]) of vectors x, float32 [n, dim], dim 2 or 4: Lloyd's algorithm from
+    k-means++. NaN levels if a value is not finite."""
+    codebook, codes = _ops.kmeans_vectors.default(x.cpu(), _cpu(weights), k, seed, iterations)
+    return codebook.to(x.device), codes.to(x.device)
+
+
 def codebook_assign(x: Tensor, codebook: Tensor) -> Tensor:
     """uint8 codes of x: the number of midpoints of neighbouring levels that are <= x. So the nearest level, and of two
     equally near the upper one. codebook: float32 [blocks, size]; x holds as many blocks of equal length."""
@@ -80,12 +89,12 @@ def codebook_lookup(codebook: Tensor, codes: Tensor, dtype: torch.dtype = torch.
 
     Differentiable in the codebook: the gradient of a level is the sum over its cluster, or with `mean` the mean.
     """
-    return _ops.codebook_lookup.default(codebook, codes, dtype, mean)
+    return _ops.codebook_lookup.default(codebook.contiguous(), codes.contiguous(), dtype, mean)
 
 
 def codebook_gradient(grad: Tensor, codes: Tensor, blocks: int, size: int, mean: bool = False) -> Tensor:
     """float32 [blocks, size]: sum (or mean) of `grad` over the values of each code. Summed in float64."""
-    return _ops.codebook_gradient.default(grad.contiguous(), codes, blocks, size, mean)
+    return _ops.codebook_gradient.default(grad.contiguous(), codes.contiguous(), blocks, size, mean)
 
 
 def _start(init: str | Tensor) -> tuple[Tensor | None, int]:
@@ -112,6 +121,11 @@ def _(x: Tensor, weights: Tensor | None, block: int, k: int, keep_zero: bool) ->
 @torch.library.register_fake("phiquant::kmeans_minibatch")
 def _(x: Tensor, weights: Tensor | None, init: Tensor | None, block: int, k: int, *_: Any) -> Tensor:
     return _levels(x, block, k)
+
+
+@torch.library.register_fake("phiquant::kmeans_vectors")
+def _(x: Tensor, weights: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(k, x.shape[1]), x.new_empty(len(x), dtype=torch.uint8)
 
 
 def _levels(x: Tensor, block: int, k: int) -> Tensor:
