@@ -80,9 +80,6 @@ void kmeans_lloyd(const Points& points, int64_t k, LloydOptions options, float* 
 void kmeans_minibatch(const void* x, Dtype dtype, const float* weights, int64_t n, int64_t k, LloydOptions options,
                       BatchOptions batches, bool skip_zero, float* levels);
 
-// y[i] = levels[codes[i]], rounded to `dtype`; 0 where a code is not below size.
-void codebook_lookup(const float* levels, int64_t size, const uint8_t* codes, int64_t n, Dtype dtype, void* y);
-
 // sums[c] += the sum of grad over the values with code c: the gradient of a level whose copies they are.
 // grad: n values of `dtype`; sums: fp64 [size]. A code that is not below size is left out.
 void cluster_sums(const void* grad, Dtype dtype, const uint8_t* codes, int64_t n, int64_t size, double* sums);

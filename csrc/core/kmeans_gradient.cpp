@@ -1,4 +1,4 @@
-// A codebook looked up, and its gradient: grads summed by code.
+// The gradient of a codebook: grads summed by code.
 #include <bit>
 #include <cstring>
 #include <vector>
@@ -33,25 +33,7 @@ void by_code(const uint8_t* codes, int64_t n, int64_t size, Add add, Out* out) {
   }
 }
 
-template <class T>
-void look_up(const float* levels, int64_t size, const uint8_t* codes, int64_t n, T* y) {
-  T table[kRoom] = {};
-  for (int64_t c = 0; c < size; ++c) table[c] = from_float<T>(levels[c]);
-  for (int64_t i = 0; i < n; ++i) y[i] = table[codes[i]];
-}
-
 }  // namespace
-
-void codebook_lookup(const float* levels, int64_t size, const uint8_t* codes, int64_t n, Dtype dtype, void* y) {
-  switch (dtype) {
-    case Dtype::f32:
-      return look_up(levels, size, codes, n, static_cast<float*>(y));
-    case Dtype::bf16:
-      return look_up(levels, size, codes, n, static_cast<bf16*>(y));
-    case Dtype::f16:
-      return look_up(levels, size, codes, n, static_cast<f16*>(y));
-  }
-}
 
 void cluster_sums(const void* grad, Dtype dtype, const uint8_t* codes, int64_t n, int64_t size, double* sums) {
   auto sum = [&](const auto* values) {

@@ -53,8 +53,7 @@ template <class Solve>
 Tensor for_blocks(const Tensor& x, const std::optional<Tensor>& weights, const std::optional<Tensor>& init,
                   int64_t block, int64_t k, bool keep_zero, const Solve& solve) {
   const Layout l = layout_of(x, block);
-  check(1 <= k && k <= 256, "k must be 1 to 256, got " + std::to_string(k));
-  check(!keep_zero || k >= 2, "keep_zero takes one of the k levels for zero, so k must be at least 2");
+  check(2 <= k && k <= 256, "k must be 2 to 256, got " + std::to_string(k));
   const int64_t own = keep_zero ? k - 1 : k;
   if (weights) {
     check_float32(*weights, "weights");
@@ -123,7 +122,7 @@ std::tuple<Tensor, Tensor> vectors(const Tensor& x, const std::optional<Tensor>&
   check_float32(x, "x");
   check(x.dim() == 2 && (x.size(1) == 2 || x.size(1) == 4), "x must be [n, 2] or [n, 4]");
   check(x.size(0) > 0, "x has no vectors to cluster");
-  check(1 <= k && k <= 256, "k must be 1 to 256, got " + std::to_string(k));
+  check(2 <= k && k <= 256, "k must be 2 to 256, got " + std::to_string(k));
   check(iterations >= 0, "iterations must not be negative");
   if (weights) {
     check_float32(*weights, "weights");
@@ -148,27 +147,25 @@ std::tuple<Tensor, Tensor> vectors(const Tensor& x, const std::optional<Tensor>&
 Layout codes_layout(const Tensor& codes, int64_t blocks, int64_t size, Dtype dtype) {
   check(codes.scalar_type() == ScalarType::Byte, "codes must be uint8");
   check_contiguous(codes, "codes");
-  check(1 <= size && size <= 256, "a codebook has 1 to 256 levels, not " + std::to_string(size));
+  check(2 <= size && size <= 256, "a codebook has 2 to 256 levels, not " + std::to_string(size));
   check(blocks > 0 ? codes.numel() % blocks == 0 : codes.numel() == 0,
         std::to_string(blocks) + " codebooks do not divide " + std::to_string(codes.numel()) + " codes evenly");
   return {dtype, blocks, blocks > 0 ? codes.numel() / blocks : 0};
 }
 
 Tensor lookup(const Tensor& codebook, const Tensor& codes, ScalarType dtype, bool) {
-  check_float32(codebook, "codebook");
   check(codebook.dim() == 2, "codebook must be [blocks, size]");
-  const int64_t size = codebook.size(1);
+  const int64_t blocks = codebook.size(0);
   Tensor y = with_large_pages(torch::stable::new_empty(codes, codes.sizes(), dtype));
-  const Layout l = codes_layout(codes, codebook.size(0), size, dtype_of(y, "dtype"));
-  const auto* levels = static_cast<const float*>(codebook.const_data_ptr());
-  const auto* c = static_cast<const uint8_t*>(codes.const_data_ptr());
+  const Layout l = codes_layout(codes, blocks, codebook.size(1), dtype_of(y, "dtype"));
+  if (blocks == 0) return y;
+  const Grid grid = grid_of(0, codebook.size(1) - 1, false, static_cast<int64_t>(Format::table), codebook, blocks);
+  const std::vector<float> ones(static_cast<size_t>(blocks), 1.0f);
+  const auto* c = static_cast<const int8_t*>(codes.const_data_ptr());
   void* out = y.mutable_data_ptr();
   for_pieces(l, [&](const Piece& p) {
-    for (int64_t b = 0; b < p.layout.blocks; ++b) {
-      const int64_t start = p.start + b * p.layout.block;
-      codebook_lookup(levels + (p.block + b) * size, size, c + start, p.layout.block, l.dtype,
-                      shift(out, start, l.dtype));
-    }
+    affine_kernels().dequantize(c + p.start, p.layout, {ones.data() + p.block, nullptr}, shift(grid, p.block),
+                                shift(out, p.start, l.dtype));
   });
   return y;
 }

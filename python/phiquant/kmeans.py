@@ -26,7 +26,7 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Levels and codes of w: (codebook, codes), such that codebook[codes] is near w.
 
-    w: float32, bfloat16 or float16 of any shape and strides. k: 1 to 256 levels.
+    w: float32, bfloat16 or float16 of any shape and strides. k: 2 to 256 levels.
     weights: importance of each value, not negative, any shape that expands to w's: [K] for a weight [N, K] whose
         input features have the second moments given (the diagonal of the Hessian).
     method: "exact", no k levels have a smaller error. "lloyd", a local optimum; options init

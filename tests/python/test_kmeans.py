@@ -60,7 +60,7 @@ def brute_force(values: np.ndarray, k: int, weights: np.ndarray | None = None) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [1, 2, 5, 9, 12])
 def test_exact_equals_brute_force(n: int, dtype: torch.dtype) -> None:
-    for seed, k in itertools.product(range(4), range(1, 6)):
+    for seed, k in itertools.product(range(4), range(2, 6)):
         w = gaussian(n, seed=seed).to(dtype)
         codebook, codes = pq.kmeans(w, k)
         assert codebook.shape == (k,)
@@ -70,7 +70,7 @@ def test_exact_equals_brute_force(n: int, dtype: torch.dtype) -> None:
 
 @given(
     values=st.lists(st.integers(-6, 6), min_size=1, max_size=9),
-    k=st.integers(1, 5),
+    k=st.integers(2, 5),
     weights=st.lists(st.integers(0, 4), min_size=9, max_size=9),
 )
 @hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
@@ -153,7 +153,7 @@ def test_fewer_distinct_values_than_levels() -> None:
     for method in ("lloyd", "minibatch"):
         codebook, codes = pq.kmeans(w, 6, method=method)
         assert torch.equal(codebook[codes.long()], w)
-    assert pq.kmeans(torch.full((100,), -0.0), 1)[0].tolist() == [0.0]
+    assert pq.kmeans(torch.full((100,), -0.0), 2)[0].tolist() == [0.0, 0.0]
 
 
 # --- Lloyd and mini-batches -----------------------------------------------------------------------
@@ -424,9 +424,8 @@ def test_values_that_are_not_finite_are_named(value: float, method: str) -> None
     ("w", "k", "options", "message"),
     [
         (torch.empty(0, 4), 4, {}, "no values"),
-        (torch.ones(4), 0, {}, "k must be 1 to 256"),
-        (torch.ones(4), 257, {}, "k must be 1 to 256"),
-        (torch.ones(4), 1, {"keep_zero": True}, "at least 2"),
+        (torch.ones(4), 1, {}, "k must be 2 to 256"),
+        (torch.ones(4), 257, {}, "k must be 2 to 256"),
         (torch.ones(4, 4), 2, {"rows": 3}, "does not divide"),
         (torch.ones(4), 2, {"rows": 1}, "does not divide"),
         (torch.ones(4), 2, {"method": "magic"}, "unknown method"),
@@ -486,7 +485,7 @@ def test_gradient_over_threads_strides_and_pieces() -> None:
 
 def test_a_code_outside_the_codebook_does_no_harm() -> None:
     codes = torch.tensor([0, 200], dtype=torch.uint8)
-    assert pq.ops.codebook_lookup(torch.ones(1, 4), codes).tolist() == [1.0, 0.0]
+    assert pq.ops.codebook_lookup(torch.ones(1, 4), codes).tolist() == [1.0, 1.0]
     assert pq.ops.codebook_gradient(torch.ones(2), codes, 1, 4).tolist() == [[1, 0, 0, 0]]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .affine import quantize
+
 _ops = torch.ops.phiquant
 STARTS = {"kmeans++": 0, "linear": 1, "quantile": 2, "random": 3}
 _GIVEN = 4
@@ -75,17 +77,15 @@ def kmeans_vectors(
 
 def codebook_assign(x: Tensor, codebook: Tensor) -> Tensor:
     """uint8 codes of x: the number of midpoints of neighbouring levels that are <= x. So the nearest level, and of two
-    equally near the upper one. codebook: float32 [blocks, size]; x holds as many blocks of equal length."""
+    equally near the upper one. codebook: float32 [blocks, size]; x holds as many blocks of equal length. This is
+    `quantize` with a table, for blocks of any length."""
     rows = x.reshape(len(codebook), -1)
-    middles = (codebook[:, 1:] + codebook[:, :-1]) * 0.5
-    codes = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
-    for row, middle, code in zip(rows, middles, codes, strict=True):
-        code.copy_(torch.bucketize(row.float(), middle, right=True, out_int32=True))
-    return codes.reshape(x.shape)
+    ones = torch.ones(len(codebook), 1, device=x.device)
+    return quantize(rows, ones, qmin=0, qmax=codebook.shape[1] - 1, format="table", levels=codebook).reshape(x.shape)
 
 
 def codebook_lookup(codebook: Tensor, codes: Tensor, dtype: torch.dtype = torch.float32, mean: bool = False) -> Tensor:
-    """codebook[block of i, codes[i]] in the shape of codes, cast to `dtype`.
+    """codebook[block of i, codes[i]] in the shape of codes, cast to `dtype`. codebook: float32 [blocks, size].
 
     Differentiable in the codebook: the gradient of a level is the sum over its cluster, or with `mean` the mean.
     """
