@@ -93,7 +93,7 @@ KlSearch::KlSearch(const double* counts, int64_t bins, int64_t levels, KlForm fo
     count_.erase(count_.begin());
     --bins_;
   }
-  while (form == KlForm::tensorrt && bins_ > 0 && count_[static_cast<size_t>(bins_ - 1)] == 0.0) --bins_;
+  while (bins_ > 0 && count_[static_cast<size_t>(bins_ - 1)] == 0.0) --bins_;
   const auto length = static_cast<size_t>(bins_ + 1);
   for (std::vector<double>* prefix :
        {&sum_, &nonzero_, &p_log_p_, &log_p_, &power_[0], &power_[1], &power_[2], &power_[3]}) {

@@ -28,8 +28,8 @@ enum class KlForm { tensorrt, notebook };
 //   its bins in which P is not zero. Both are normalised. Candidates: levels <= i <= the last bin that is not empty.
 // notebook: what the course computes. Bin 0 is dropped, so i counts from bin 1; a level covers i / levels bins
 //   rounded down and the last level takes all that is left over, but for the last bin of Q, which stays empty; bins
-//   of P and Q that are empty get 1e-4 counts, taken evenly from those that are not. Candidates: levels <= i < bins
-//   - 1.
+//   of P and Q that are empty get 1e-4 counts, taken evenly from those that are not. Candidates: levels <= i, and i
+//   before the last bin that is not empty.
 //
 // Each level costs O(1) by prefix sums; a logarithm per level and candidate is all that is left.
 class KlSearch {
@@ -49,7 +49,7 @@ class KlSearch {
 
   KlForm form_;
   int64_t levels_;
-  int64_t bins_;               // those used: without bin 0 (notebook), without empty ones at the end (tensorrt)
+  int64_t bins_;               // those used: without bin 0 (notebook), without empty ones at the end
   std::vector<double> count_;  // [bins_]
   // Prefix sums over the bins that are not empty, [bins_ + 1]: counts, their number, and of p log p, log p, p^-1 ..
   // p^-4.

@@ -29,7 +29,14 @@ from .fake_quant import FakeQuantize, fake_quantize
 from .kmeans import kmeans, vector_kmeans
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
-from .observers import EmaObserver, MinMaxObserver
+from .observers import (
+    EmaObserver,
+    HistogramObserver,
+    KLObserver,
+    MinMaxObserver,
+    PercentileObserver,
+    TorchHistogramObserver,
+)
 from .prune import GradualPruning, finalize_pruning, magnitude_mask, prune
 from .quantize import convert, prepare_qat, quantize
 from .recipe import Recipe
@@ -68,7 +75,9 @@ __all__ = [
     "FixedPoint",
     "Float",
     "GradualPruning",
+    "HistogramObserver",
     "Int",
+    "KLObserver",
     "MinMaxObserver",
     "NormalFloat",
     "PerChannel",
@@ -76,6 +85,7 @@ __all__ = [
     "PerRows",
     "PerTensor",
     "PerToken",
+    "PercentileObserver",
     "PhiquantError",
     "QATEmbedding",
     "QATLinear",
@@ -86,6 +96,7 @@ __all__ = [
     "Recipe",
     "Target",
     "Ternary",
+    "TorchHistogramObserver",
     "UnsupportedModelError",
     "bits",
     "compress",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, two_level
-from .observers import KeepsDtype, MinMaxObserver, range_arguments
+from .observers import KeepsDtype, MinMaxObserver, Observer, range_arguments
 from .spec import Codebook, FixedPoint, QuantSpec
 from .spec import spec as read_spec
 from .tensor import QuantizedTensor, block_scales, element_arguments
@@ -73,9 +73,7 @@ class FakeQuantize(KeepsDtype):
     zero_point: Tensor | None
     minimum: Tensor | None
 
-    def __init__(
-        self, spec: str | QuantSpec, range: RangeMode = "tensor", observer: MinMaxObserver | None = None
-    ) -> None:
+    def __init__(self, spec: str | QuantSpec, range: RangeMode = "tensor", observer: Observer | None = None) -> None:
         super().__init__()
         if range not in ("tensor", "observer"):
             raise ValueError(f"range is 'tensor' or 'observer', not {range!r}")
@@ -90,7 +88,7 @@ class FakeQuantize(KeepsDtype):
             raise ValueError(f"{self.spec} takes its two levels of scales from each tensor; use range='tensor'")
         self.range = range
         self.observing = range == "observer"
-        self.observer = (observer or MinMaxObserver(self.spec)) if range == "observer" else None
+        self.observer: Observer | None = (observer or MinMaxObserver(self.spec)) if range == "observer" else None
         for name in ("scale", "zero_point", "minimum"):
             self.register_buffer(name, None)
 

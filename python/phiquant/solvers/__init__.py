@@ -13,9 +13,17 @@ from ..spec import spec as read_spec
 from ..tensor import QuantizedTensor
 from .kmeans import kmeans
 from .nearest import mse, rtn
+from .ranges import histogram, kl, percentile
 
 Solver = Callable[[Tensor, QuantSpec], QuantizedTensor]
-SOLVERS: dict[str, Solver] = {"rtn": rtn, "mse": mse, "kmeans": kmeans}
+SOLVERS: dict[str, Solver] = {
+    "rtn": rtn,
+    "mse": mse,
+    "percentile": percentile,
+    "kl": kl,
+    "histogram": histogram,
+    "kmeans": kmeans,
+}
 
 
 def quantize_tensor(
@@ -23,10 +31,10 @@ def quantize_tensor(
 ) -> QuantizedTensor:
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
-    solver: "rtn" (min-max range, nearest code) or "mse" (range of least squared error); for codebooks
-        "kmeans" (levels of least squared error). Errors use
-    `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
-    (with its index), an unknown solver, or a group size that does not divide.
+    solver: "rtn" (min-max range, nearest code), "mse" (range of least squared error), "percentile" (99.9), "kl" or
+    "histogram" (docs/ranges.md compares them). Errors use `name`, and `first_row` if w is rows of a larger tensor:
+    PhiquantError for a value that is not finite (with its index), an unknown solver, or a group size that does not
+    divide.
     """
     spec = read_spec(spec)
     if solver not in SOLVERS:
