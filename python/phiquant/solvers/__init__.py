@@ -32,9 +32,9 @@ def quantize_tensor(
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
     solver: "rtn" (min-max range, nearest code), "mse" (range of least squared error), "percentile" (99.9), "kl",
-    "histogram" (docs/ranges.md compares them), "kmeans" (the levels of a Codebook). Errors use `name`, and `first_row` if w is rows of a larger tensor:
-    PhiquantError for a value that is not finite (with its index), an unknown solver, or a group size that does not
-    divide.
+    "histogram" (docs/ranges.md compares them), "kmeans" (the levels of a Codebook). Errors use `name`, and
+    `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite (with its index), an
+    unknown solver, or a group size that does not divide.
     """
     spec = read_spec(spec)
     if solver not in SOLVERS:
