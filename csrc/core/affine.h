@@ -60,9 +60,8 @@ struct AffineKernels {
   // sum, count [blocks]: of the |x| > above[block]; above null: of all but NaN. Value i of a piece is added in
   // lane i % 16; lanes are added as a tree every 4096 values, in fp64; then pieces of kSumPiece values.
   void (*abs_sum)(const void* x, Layout layout, const float* above, double* sum, int64_t* count);
-  // scale, offset fp32 [blocks] from the min-max range, or (mse) from the range of least squared error;
-  // there too, a block that holds a value that is not finite gets a NaN scale.
-  void (*choose_range)(const void* x, Layout layout, RangeSpec spec, bool mse, float* scale, float* offset);
+  // scale, offset fp32 [blocks] by the spec's rule (search.h: from the range of least squared error).
+  void (*choose_range)(const void* x, Layout layout, RangeSpec spec, float* scale, float* offset);
 };
 
 // The kernels of the current CPU level (core/cpu.h).

@@ -152,28 +152,6 @@ void abs_sum_block(const T* x, int64_t n, float above, double& sum, int64_t& cou
   }
 }
 
-// Sum of squared errors. The order of additions is part of the definition, so that every level finds
-// the same range: value i goes to lane i % 16; lanes are added as a tree every 4096 values, in fp64.
-template <class T>
-double squared_error(const T* x, int64_t n, Params p, Grid grid) {
-  const Codec c{grid, nullptr, p, inverse<Store>(p.scale)};
-  double total = 0.0;
-  for (int64_t start = 0; start < n; start += 4096) {
-    const int64_t end = start + 4096 < n ? start + 4096 : n;
-    float lanes[16] = {};
-    for (int64_t i = start; i < end; ++i) {
-      const float v = to_float(x[i]);
-      const float e = c.value(c.nearest(v)) - v;
-      lanes[i % 16] += e * e;
-    }
-    for (int width = 8; width > 0; width /= 2) {
-      for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    }
-    total += lanes[0];
-  }
-  return total;
-}
-
 // The parameters of one block, and by what its values are multiplied to encode them.
 struct Choice {
   Params p;
@@ -199,14 +177,6 @@ Choice choose_block(const T* x, int64_t n, RangeSpec spec) {
   }
   const Params p = params_from_range<Store>(lo, hi, spec);
   return {p, encoding_inverse<Lane<Store>>(spec.rule, lo, p.scale)};
-}
-
-template <class T>
-Params search_block(const T* x, int64_t n, RangeSpec spec) {
-  float lo;
-  float hi;
-  min_max_block(x, n, lo, hi);
-  return search_range<Store>(lo, hi, spec, [&](Params p) { return squared_error(x, n, p, spec.grid); });
 }
 
 template <class T>
@@ -324,15 +294,11 @@ void abs_sum(const void* x, Layout l, const float* above, double* sum, int64_t* 
   });
 }
 
-void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
+void choose_range(const void* x, Layout l, RangeSpec spec, float* scale, float* offset) {
   with_type(l.dtype, [&](auto t) {
-    using T = decltype(t);
-    const T* in = static_cast<const T*>(x);
     for (int64_t b = 0; b < l.blocks; ++b) {
-      const T* block = in + b * l.block;
-      const Params p = mse ? search_block(block, l.block, spec) : choose_block(block, l.block, spec).p;
-      const bool poisoned = mse && !all_finite_block(block, l.block);
-      scale[b] = poisoned ? std::numeric_limits<float>::quiet_NaN() : p.scale;
+      const Params p = choose_block(static_cast<const decltype(t)*>(x) + b * l.block, l.block, spec).p;
+      scale[b] = p.scale;
       offset[b] = p.offset;
     }
   });

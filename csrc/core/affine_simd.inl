@@ -32,29 +32,6 @@ struct Affine {
   using F = typename V::F;
   static constexpr int64_t W = V::width;
 
-  // One block's parameters, spread over a vector.
-  struct Spread {
-    F scale, inv, offset, qmin, qmax;
-    Spread(float s, float inverse, float o, Grid g)
-        : scale(V::set1(s)), inv(V::set1(inverse)), offset(V::set1(o)), qmin(V::set1(g.qmin)), qmax(V::set1(g.qmax)) {}
-    Spread(Params p, Grid g) : Spread(p.scale, inverse<Store>(p.scale), p.offset, g) {}
-  };
-
-  template <Offset kOffset>
-  static F unclamped(F x, const Spread& s) {
-    if constexpr (kOffset == Offset::minimum) return V::round(V::mul(V::sub(x, s.offset), s.inv));
-    return V::add(V::round(V::mul(x, s.inv)), s.offset);
-  }
-  template <Offset kOffset>
-  static F code(F x, const Spread& s) {
-    return V::min(V::max(unclamped<kOffset>(x, s), s.qmin), s.qmax);
-  }
-  template <Offset kOffset>
-  static F decode(F q, const Spread& s) {
-    if constexpr (kOffset == Offset::minimum) return V::add(V::mul(s.scale, q), s.offset);
-    return V::mul(s.scale, V::sub(q, s.offset));
-  }
-
   // The last, short vector of a block goes through a buffer; missing lanes repeat the first value.
   template <class T>
   static F load_part(const T* p, int64_t n) {
@@ -189,47 +166,6 @@ struct Affine {
       abs_sum_block(x, n, lo, sum, count);
       hi = mean_of(sum, count);
     }
-  }
-
-  // Lanes and order of affine_ref.cpp's squared_error.
-  template <Offset kOffset, class T>
-  static double squared_error(const T* x, int64_t n, Params p, Grid grid) {
-    constexpr int64_t kVectors = 16 / W;
-    const Spread s(p, grid);
-    double total = 0.0;
-    for (int64_t start = 0; start < n; start += 4096) {
-      const int64_t end = start + 4096 < n ? start + 4096 : n;
-      F sums[kVectors];
-      for (F& sum : sums) sum = V::set1(0.0f);
-      auto add_error = [&](F v, int64_t vector, int64_t valid) {
-        const F e = V::sub(decode<kOffset>(code<kOffset>(v, s), s), v);
-        const F squared = V::mul(e, e);
-        sums[vector] = V::add(sums[vector], valid == W ? squared : V::first_lanes(squared, valid));
-      };
-      int64_t i = start;
-      for (; i + 16 <= end; i += 16) {
-        for (int64_t k = 0; k < kVectors; ++k) add_error(V::load(x + i + k * W), k, W);
-      }
-      for (int64_t k = 0; i < end; i += W, ++k) {
-        const int64_t valid = end - i < W ? end - i : W;
-        add_error(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
-      }
-      float lanes[16];
-      for (int64_t k = 0; k < kVectors; ++k) V::store(lanes + k * W, sums[k]);
-      for (int width = 8; width > 0; width /= 2) {
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-      }
-      total += lanes[0];
-    }
-    return total;
-  }
-
-  template <Offset kOffset, class T>
-  static Params search_block(const T* x, int64_t n, const RangeSpec& spec) {
-    float lo;
-    float hi;
-    min_max_block(x, n, lo, hi);
-    return search_range<Store>(lo, hi, spec, [&](Params p) { return squared_error<kOffset>(x, n, p, spec.grid); });
   }
 
   // Finds the ranges of some blocks, then their parameters, a block in each lane, then calls
@@ -401,21 +337,12 @@ struct Affine {
     });
   }
 
-  static void choose_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset) {
-    with_offset(l.dtype, spec.grid.offset, [&]<Offset kOffset>(auto t) {
-      const auto* in = static_cast<const decltype(t)*>(x);
-      if (!mse) {
-        return with_ranges(in, l, spec, [&](int64_t b, float s, float, float o) {
-          scale[b] = s;
-          offset[b] = o;
-        });
-      }
-      for (int64_t b = 0; b < l.blocks; ++b) {
-        const Params p = search_block<kOffset>(in + b * l.block, l.block, spec);
-        const bool finite = all_finite_block(in + b * l.block, l.block);
-        scale[b] = finite ? p.scale : std::numeric_limits<float>::quiet_NaN();
-        offset[b] = p.offset;
-      }
+  static void choose_range(const void* x, Layout l, RangeSpec spec, float* scale, float* offset) {
+    with_type(l.dtype, [&](auto t) {
+      with_ranges(static_cast<const decltype(t)*>(x), l, spec, [&](int64_t b, float s, float, float o) {
+        scale[b] = s;
+        offset[b] = o;
+      });
     });
   }
 

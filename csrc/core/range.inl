@@ -133,53 +133,5 @@ inline Params params_from_range(float lo, float hi, const RangeSpec& spec) {
   return {found.scale, found.offset};
 }
 
-// The search for the range of least squared error tries shrunken ranges: first from 1 down in steps
-// of 0.04, then around the best in steps of 0.01. For signed_absmax both signs of the scale are tried.
-constexpr int kCoarseSteps = 16;
-constexpr float kCoarseStep = 0.04f;
-constexpr int kFineSteps = 3;
-constexpr float kFineStep = 0.01f;
-
-// `error(params)` gives the block's sum of squared errors on that grid (a double, in fixed order).
-template <class Store, class Error>
-Params search_range(float lo, float hi, const RangeSpec& spec, Error error) {
-  Params best = params_from_range<Store>(lo, hi, spec);
-  double least = error(best);
-  float best_ratio = 1.0f;
-  float best_side = 0.0f;
-  // side: 0 = the rule's own choice of anchor, -1 / +1 = anchored on the low / high end.
-  auto try_ratio = [&](float ratio, float side) {
-    float a = lo * ratio;
-    float b = hi * ratio;
-    if (spec.rule == Rule::minimum) {  // shrink about the middle, not about zero
-      const float middle = 0.5f * lo + 0.5f * hi;
-      a = middle + (lo - middle) * ratio;
-      b = middle + (hi - middle) * ratio;
-    } else if (side != 0.0f) {
-      const float extreme = (-lo > hi ? -lo : hi) * ratio;
-      a = side < 0.0f ? -extreme : 0.0f;
-      b = side < 0.0f ? 0.0f : extreme;
-    }
-    const Params candidate = params_from_range<Store>(a, b, spec);
-    const double e = error(candidate);
-    if (e < least) {
-      least = e;
-      best = candidate;
-      best_ratio = ratio;
-      best_side = side;
-    }
-  };
-  const bool both = spec.rule == Rule::signed_absmax;
-  for (int i = 0; i < kCoarseSteps; ++i) {
-    const float ratio = 1.0f - kCoarseStep * static_cast<float>(i);
-    try_ratio(ratio, both ? -1.0f : 0.0f);
-    if (both) try_ratio(ratio, 1.0f);
-  }
-  const float center = best_ratio;
-  const float side = best_side;
-  for (int i = -kFineSteps; i <= kFineSteps; ++i) try_ratio(center + kFineStep * static_cast<float>(i), side);
-  return best;
-}
-
 }  // namespace
 }  // namespace phiquant

@@ -128,6 +128,28 @@ struct Avx2 {
     return _mm256_and_ps(_mm256_castsi256_ps(keep), v);
   }
 
+  static F bits(uint32_t b) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(b))); }
+  static F bit_or(F a, F b) { return _mm256_or_ps(a, b); }
+
+  // Value j of vector i becomes value i of vector j: within each half of the vectors, then of halves.
+  static void transpose(F* v) {
+    F t[width];
+    for (int r = 0; r < 8; r += 4) {
+      const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[r], v[r + 1]));
+      const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[r], v[r + 1]));
+      const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[r + 2], v[r + 3]));
+      const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[r + 2], v[r + 3]));
+      t[r] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+      t[r + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+      t[r + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+      t[r + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    }
+    for (int c = 0; c < 4; ++c) {
+      v[c] = _mm256_permute2f128_ps(t[c], t[4 + c], 0x20);
+      v[4 + c] = _mm256_permute2f128_ps(t[c], t[4 + c], 0x31);
+    }
+  }
+
   // Smallest lane of `low` and largest of `high`, folded together with -low in the upper half.
   static void horizontal(F low, F high, float& lo, float& hi) {
     const __m256 n = _mm256_xor_ps(low, _mm256_set1_ps(-0.0f));

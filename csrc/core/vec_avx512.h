@@ -122,6 +122,34 @@ struct Avx512 {
   }
   static F first_lanes(F v, int64_t n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1u), v); }
 
+  static F bits(uint32_t b) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(b))); }
+  static F bit_or(F a, F b) { return _mm512_or_ps(a, b); }
+
+  // Value j of vector i becomes value i of vector j: within each quarter of the vectors, then of quarters.
+  static void transpose(F* v) {
+    F t[width];
+    for (int r = 0; r < 16; r += 4) {
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[r], v[r + 1]));
+      const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[r], v[r + 1]));
+      const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[r + 2], v[r + 3]));
+      const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[r + 2], v[r + 3]));
+      t[r] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      t[r + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      t[r + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      t[r + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int c = 0; c < 4; ++c) {
+      const F a = _mm512_shuffle_f32x4(t[c], t[4 + c], 0x88);
+      const F b = _mm512_shuffle_f32x4(t[c], t[4 + c], 0xdd);
+      const F d = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0x88);
+      const F e = _mm512_shuffle_f32x4(t[8 + c], t[12 + c], 0xdd);
+      v[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+      v[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+      v[8 + c] = _mm512_shuffle_f32x4(a, d, 0xdd);
+      v[12 + c] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
+  }
+
   // Smallest lane of `low` and largest of `high`. Both are folded together, -low in the upper half:
   // for groups of 32 these shuffles are most of the work.
   static void horizontal(F low, F high, float& lo, float& hi) {

@@ -83,18 +83,7 @@ void find_statistics(const void* x, Layout l, Rule rule, std::vector<float>& lo,
   }
 }
 
-void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale, float* offset,
-                float* inverse = nullptr) {
-  if (mse) {  // a search reads its block many times: whole blocks to threads, however long
-    check(spec.grid.format == Format::integer && spec.rule <= Rule::minimum, "the search is for integers");
-    torch::stable::parallel_for(0, l.blocks, std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, l.block)),
-                                [&](int64_t begin, int64_t end) {
-                                  affine_kernels().choose_range(shift(x, begin * l.block, l.dtype),
-                                                                {l.dtype, end - begin, l.block}, spec, true,
-                                                                scale + begin, offset + begin);
-                                });
-    return;
-  }
+void find_range(const void* x, Layout l, RangeSpec spec, float* scale, float* offset, float* inverse = nullptr) {
   std::vector<float> lo;
   std::vector<float> hi;
   find_statistics(x, l, spec.rule, lo, hi);
@@ -102,13 +91,12 @@ void find_range(const void* x, Layout l, RangeSpec spec, bool mse, float* scale,
 }
 
 std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
-                                        int64_t storage, bool mse, int64_t format,
-                                        const std::optional<Tensor>& levels) {
+                                        int64_t storage, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
   const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
   Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
-  find_range(x.const_data_ptr(), l, spec, mse, static_cast<float*>(scale.mutable_data_ptr()),
+  find_range(x.const_data_ptr(), l, spec, static_cast<float*>(scale.mutable_data_ptr()),
              static_cast<float*>(offset.mutable_data_ptr()));
   return {scale, offset};
 }
@@ -129,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_dynamic(const Tensor& x, int64_t blo
   auto* o = static_cast<float*>(offset.mutable_data_ptr());
   const bool pieces = l.block > kLongBlock;  // then ranges come first, and pieces of blocks are quantized
   std::vector<float> inverse(pieces ? static_cast<size_t>(l.blocks) : 0);
-  if (pieces) find_range(in, l, spec, false, s, o, inverse.data());
+  if (pieces) find_range(in, l, spec, s, o, inverse.data());
   std::vector<std::atomic<bool>> poisoned(inverse.size());
   for_pieces(l, [&](const Piece& p) {
     const void* values = shift(in, p.start, l.dtype);
@@ -152,7 +140,7 @@ class Ranges {
  public:
   Ranges(const void* x, Layout l, RangeSpec spec)
       : scale_(static_cast<size_t>(l.blocks)), offset_(scale_.size()), inverse_(scale_.size()) {
-    find_range(x, l, spec, false, scale_.data(), offset_.data(), inverse_.data());
+    find_range(x, l, spec, scale_.data(), offset_.data(), inverse_.data());
   }
   BlockParams from(int64_t block) const {
     return shift(BlockParams{scale_.data(), offset_.data(), inverse_.data()}, block);

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(phiquant, m) {
       "format=0, Tensor? levels=None) -> Tensor");
   m.def("min_max(Tensor x, int block) -> (Tensor, Tensor)");
   m.def(
-      "choose_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool mse, int format=0, Tensor? "
+      "choose_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, int format=0, Tensor? "
       "levels=None) -> (Tensor, Tensor)");
   m.def(
       "range_from_min_max(Tensor lo, Tensor hi, int qmin, int qmax, int rule, int storage, int format=0, Tensor? "

@@ -26,7 +26,7 @@ class CheckpointSource:
 
     what: a target or its name, a spec or its text, or a Recipe. A float target ("gguf:F16") sets the
         dtype of all tensors; otherwise those that stay float keep the dtype of the checkpoint.
-    solver: "rtn" or "mse": solvers that need the weight alone.
+    solver: "rtn", "mse" or "mse_exact": solvers that need the weight alone.
     PhiquantError for a checkpoint, a recipe or a shape that does not fit.
     """
 

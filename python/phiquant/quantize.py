@@ -28,7 +28,7 @@ def quantize(model: Model, what: What, solver: str = "rtn", progress: Progress |
 
     what: a target ("gguf:Q4_0"), a spec ("int4-g32-sym") or a Recipe. With the first two, lm_head and
         the embedding stay in float.
-    solver: "rtn" (range from the extremes) or "mse" (range of least squared error).
+    solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all).
     Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged.
     """
     groups = _choose(model, what)

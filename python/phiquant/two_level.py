@@ -49,11 +49,11 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Paramet
     shape = tuple(x.shape)
     blocks, supers = spec.scale_shape(shape), spec.super_shape(shape)
     if spec.offset == "none":
-        scale, _, _ = ops.choose_range(x, blocks, **grid, mse=mse)
+        scale, _, _ = (ops.search_range if mse else ops.choose_range)(x, blocks, **grid)
         return Parameters(*_quantize(scale, supers, spec))
     steps = spec.element.qmax
     if mse:
-        scale, _, low = ops.choose_range(x, blocks, **grid, mse=True)
+        scale, _, low = ops.search_range(x, blocks, **grid)
         assert low is not None
         high = low + steps * scale
     else:

@@ -66,7 +66,7 @@ def test_q4_0_scales_are_those_of_llama_cpp() -> None:
 @given(
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32),
     text=st.sampled_from([s for s in SPECS if "g32" in s]),
-    solver=st.sampled_from(["rtn", "mse"]),
+    solver=st.sampled_from(["rtn", "mse", "mse_exact"]),
 )
 def test_codes_survive_a_second_encoding(values: list[float], text: str, solver: str) -> None:
     """The decoded values lie on the grid: encoding them again on that grid changes no code."""
@@ -101,7 +101,7 @@ def test_huge_finite_values_are_not_called_infinite() -> None:
 
 
 def test_other_errors() -> None:
-    with pytest.raises(PhiquantError, match="unknown solver 'best'; known solvers: rtn, mse"):
+    with pytest.raises(PhiquantError, match="unknown solver 'best'; known solvers: rtn, mse, mse_exact"):
         quantize_tensor(gaussian(4, 64), "int4-g32-sym", solver="best")
     with pytest.raises(PhiquantError, match="proj: group size 32 does not divide the last dimension 80"):
         quantize_tensor(gaussian(4, 80), "int4-g32-sym", name="proj")

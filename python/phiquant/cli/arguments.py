@@ -28,7 +28,7 @@ TargetOption = Annotated[
     str, typer.Option("--target", "-t", help=f"Grid and format: {', '.join(TARGETS)}.", show_default=False)
 ]
 SolverOption = Annotated[
-    str, typer.Option(help="rtn: ranges from the extremes. mse: the range of least squared error, group by group.")
+    str, typer.Option(help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all.")
 ]
 RecipeOption = Annotated[
     Path | None,

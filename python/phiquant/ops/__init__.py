@@ -48,6 +48,7 @@ from .kmeans import (  # noqa: E402
     kmeans_minibatch,
     kmeans_vectors,
 )
+from .search import search_range  # noqa: E402
 
 __all__ = [
     "FORMATS",
@@ -87,6 +88,7 @@ __all__ = [
     "quantize_multiplier",
     "range_from_min_max",
     "requantize",
+    "search_range",
     "unpack_bits",
     "unpack_trits",
 ]

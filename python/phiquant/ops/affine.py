@@ -26,7 +26,7 @@ RULES = {
 }
 FORMATS = ("integer", "e4m3fn", "e5m2", "e2m1", "e1m2", "e3m0", "table")
 Levels = Tensor | Sequence[float]
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def fake_quantize_dynamic(
     The scale counts as a constant for the gradient. Same values as choose_range + fake_quantize.
     """
     axis = channel_axis(x.shape, scale_shape)
-    arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], STORAGE[scale_dtype])
     codec = _codec(format, levels, x)
     return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out, codec)
 
@@ -161,10 +161,10 @@ def quantize_dynamic(
         qmin,
         qmax,
         RULES[rule],
-        _STORAGE[scale_dtype],
+        STORAGE[scale_dtype],
         **_codec(format, levels, x),
     )
-    return from_blocks(codes, axis), *_parameters(scale, offset, rule, scale_dtype, scale_shape)
+    return from_blocks(codes, axis), *parameters(scale, offset, rule, scale_dtype, scale_shape)
 
 
 def min_max(x: Tensor, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -184,29 +184,23 @@ def choose_range(
     scale_dtype: torch.dtype = torch.float32,
     format: str = "integer",
     levels: Levels | None = None,
-    mse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(scale, zero_point, minimum) of each block of x, shape `scale_shape`, already rounded as stored.
+    """(scale, zero_point, minimum) of each block of x by the rule, shape `scale_shape`, already rounded as stored.
 
-    The range is the block's min-max, or with `mse` the shrunken range of least squared error (and a NaN
-    scale for a block that holds a value that is not finite).
     zero_point is int32 and given for rule "zero_point"; minimum for rule "minimum"; else None.
+    `search_range` finds the range of least squared error instead.
     """
     axis = channel_axis(x.shape, scale_shape)
-    # The search adds errors in a fixed order that torch's reductions do not keep. It is done once per
-    # weight, so it runs in the kernel on the CPU and gives the same ranges on every device.
-    values = x.detach().cpu() if mse else x.detach()
     scale, offset = _ops.choose_range.default(
-        to_blocks(values, axis),
+        to_blocks(x.detach(), axis),
         block_length(x.shape, scale_shape),
         qmin,
         qmax,
         RULES[rule],
-        _STORAGE[scale_dtype],
-        mse,
-        **_codec(format, levels, values),
+        STORAGE[scale_dtype],
+        **_codec(format, levels, x),
     )
-    return _parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
+    return parameters(scale, offset, rule, scale_dtype, scale_shape)
 
 
 def range_from_min_max(
@@ -221,14 +215,15 @@ def range_from_min_max(
     levels: Levels | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
-    grid = (qmin, qmax, RULES[rule], _STORAGE[scale_dtype])
+    grid = (qmin, qmax, RULES[rule], STORAGE[scale_dtype])
     scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), *grid, **_codec(format, levels, lo))
-    return _parameters(scale, offset, rule, scale_dtype, lo.shape)
+    return parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 
-def _parameters(
+def parameters(
     scale: Tensor, offset: Tensor, rule: str, scale_dtype: torch.dtype, shape: Sequence[int]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale and offset of the kernels, float32 [blocks], as (scale, zero_point, minimum) of `shape`."""
     shape = tuple(shape)
     zero_point = offset.reshape(shape).to(torch.int32) if rule == "zero_point" else None
     minimum = offset.reshape(shape).to(scale_dtype) if rule == "minimum" else None
@@ -314,7 +309,7 @@ def _dynamic_backward(ctx: Any, grad: Tensor) -> tuple:
     Float16 scales are left out: near their underflow they are rounded so coarsely that a value can.
     """
     _, _, _, rule, storage, *_ = ctx.arguments
-    if rule == RULES["absmax"] and storage != _STORAGE[torch.float16]:
+    if rule == RULES["absmax"] and storage != STORAGE[torch.float16]:
         return grad, *(None for _ in ctx.arguments)
     return _masked(ctx, grad)
 

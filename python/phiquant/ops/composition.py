@@ -335,12 +335,9 @@ def choose_range(
     qmax: int,
     rule: int,
     storage: int,
-    mse: bool,
     format: int = INTEGER,
     levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if mse:
-        raise NotImplementedError("the range search runs in the CPU kernel: ops.choose_range takes x there")
     scale, offset, _ = _parameters(x, block, qmin, qmax, rule, storage, format, levels)
     return scale, offset
 

@@ -12,13 +12,14 @@ from ..spec import QuantSpec
 from ..spec import spec as read_spec
 from ..tensor import QuantizedTensor
 from .kmeans import kmeans
-from .nearest import mse, rtn
+from .nearest import mse, mse_exact, rtn
 from .ranges import histogram, kl, percentile
 
 Solver = Callable[[Tensor, QuantSpec], QuantizedTensor]
 SOLVERS: dict[str, Solver] = {
     "rtn": rtn,
     "mse": mse,
+    "mse_exact": mse_exact,
     "percentile": percentile,
     "kl": kl,
     "histogram": histogram,
@@ -31,10 +32,10 @@ def quantize_tensor(
 ) -> QuantizedTensor:
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
-    solver: "rtn" (min-max range, nearest code), "mse" (range of least squared error), "percentile" (99.9), "kl",
-    "histogram" (docs/ranges.md compares them), "kmeans" (the levels of a Codebook). Errors use `name`, and
-    `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite (with its index), an
-    unknown solver, or a group size that does not divide.
+    solver: "rtn" (min-max range, nearest code), "mse" (the best of some ranges in squared error), "mse_exact" (of
+    all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "kmeans" (the
+    levels of a Codebook). Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a
+    value that is not finite (with its index), an unknown solver, or a group size that does not divide.
     """
     spec = read_spec(spec)
     if solver not in SOLVERS:

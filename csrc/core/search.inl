@@ -1,0 +1,406 @@
+// The kernels of search.h over lanes V, as in range.inl; a lane holds a block, or a part of a long one.
+//
+// V gives, beyond what range.inl asks: width, load of each storage type, store of floats, first_lanes, bits,
+// bit_and, bit_or, and transpose of width vectors.
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <vector>
+
+#include "core/range.inl"
+#include "core/search.h"
+#include "core/sweep.inl"
+
+namespace phiquant {
+namespace {
+
+// Up to this length a block lies in a lane, its values one after the other; a longer one lies across lanes.
+constexpr int64_t kLaneBlock = 256;
+
+template <class V>
+struct Search {
+  using F = typename V::F;
+  using Mask = typename V::Mask;
+  static constexpr int64_t W = V::width;
+
+  // The best range so far, and its squared error.
+  struct Best {
+    Found<V> range;
+    F error;
+    F ratio;
+    F side;
+  };
+
+  template <class T>
+  static F load_part(const T* p, int64_t n) {
+    T buffer[W];
+    for (int64_t i = 0; i < W; ++i) buffer[i] = p[i < n ? i : 0];
+    return V::load(buffer);
+  }
+
+  struct Value {
+    float v;
+  };
+
+  // The squared error of one value on the grid of `range`.
+  template <Offset kOffset>
+  struct Errors {
+    F scale, inv, offset, low, high;
+    Errors(const Found<V>& range, const Grid& grid)
+        : scale(range.scale), inv(Range<V>::inverse(range.scale)), offset(range.offset) {
+      const F shift = kOffset == Offset::minimum ? V::set1(0.0f) : offset;
+      low = V::sub(V::set1(grid.qmin), shift);
+      high = V::sub(V::set1(grid.qmax), shift);
+    }
+    F code(F x) const { return V::min(V::max(V::round(V::mul(x, inv)), low), high); }
+    F squared(F x) const {
+      F e;
+      if constexpr (kOffset == Offset::minimum) {
+        e = V::sub(V::add(V::mul(scale, code(V::sub(x, offset))), offset), x);
+      } else {
+        e = V::sub(V::mul(scale, code(x)), x);
+      }
+      return V::mul(e, e);
+    }
+  };
+
+  // Blocks in lanes: rows[i] holds value i of each block. Values are added in their order.
+  template <Offset kOffset>
+  struct Short {
+    static constexpr bool kInLanes = true;
+    const F* rows;
+    int64_t n;
+    int64_t blocks;
+    RangeSpec spec;
+
+    F error(const Found<V>& range) const {
+      const Errors<kOffset> errors(range, spec.grid);
+      F sum = V::set1(0.0f);
+      for (int64_t i = 0; i < n; ++i) sum = V::add(sum, errors.squared(rows[i]));
+      return sum;
+    }
+    void scan(F& lo, F& hi, F& poison) const {
+      lo = V::set1(std::numeric_limits<float>::infinity());
+      hi = V::set1(-std::numeric_limits<float>::infinity());
+      poison = V::set1(0.0f);
+      for (int64_t i = 0; i < n; ++i) {
+        lo = V::min(rows[i], lo);
+        hi = V::max(rows[i], hi);
+        poison = V::add(poison, V::mul(rows[i], V::set1(0.0f)));
+      }
+    }
+    // The swept scale of each block, for x times `sign`; 0 where the sweep would be too long.
+    F sweep(F low, F high, F error, float sign) const {
+      float values[kLaneBlock * W], lows[W], highs[W], errors[W], scales[W] = {};
+      for (int64_t i = 0; i < n; ++i) V::store(values + i * W, rows[i]);
+      V::store(lows, low);
+      V::store(highs, high);
+      V::store(errors, error);
+      for (int64_t j = 0; j < blocks; ++j) {
+        const auto value = [&](int64_t i) { return sign * values[i * W + j]; };
+        scales[j] = static_cast<float>(sweep_block(n, value, lows[j], highs[j], errors[j]));
+      }
+      return V::load(scales);
+    }
+    // Scale and minimum by least squares, for the codes on `range`.
+    Found<V> refit(const Found<V>& range) const {
+      const Errors<kOffset> errors(range, spec.grid);
+      F q1 = V::set1(0.0f), q2 = q1, x1 = q1, qx = q1;
+      for (int64_t i = 0; i < n; ++i) {
+        const F x = V::sub(rows[i], range.offset);
+        const F q = errors.code(x);
+        q1 = V::add(q1, q);
+        q2 = V::add(q2, V::mul(q, q));
+        x1 = V::add(x1, x);
+        qx = V::add(qx, V::mul(q, x));
+      }
+      const F count = V::set1(static_cast<float>(n));
+      const F scale = V::div(V::sub(V::mul(count, qx), V::mul(q1, x1)), V::sub(V::mul(count, q2), V::mul(q1, q1)));
+      const F shift = V::div(V::sub(x1, V::mul(scale, q1)), count);
+      return {Range<V>::stored(scale, spec.storage), Range<V>::stored(V::add(range.offset, shift), spec.storage)};
+    }
+  };
+
+  // A block across lanes: value i goes to lane i % 16; lanes are added as a tree every 4096 values, in fp64.
+  // All lanes of what it returns are alike.
+  template <Offset kOffset, class T>
+  struct Long {
+    static constexpr bool kInLanes = false;
+    const T* x;
+    int64_t n;
+    RangeSpec spec;
+
+    template <class Use>
+    void each(int64_t start, int64_t end, Use use) const {  // use(values, which vector of the 16, valid lanes)
+      int64_t i = start;
+      for (; i + 16 <= end; i += 16) {
+        for (int64_t k = 0; k < 16 / W; ++k) use(V::load(x + i + k * W), k, W);
+      }
+      for (int64_t k = 0; i < end; i += W, ++k) {
+        const int64_t valid = end - i < W ? end - i : W;
+        use(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
+      }
+    }
+    F error(const Found<V>& range) const {
+      const Errors<kOffset> errors(range, spec.grid);
+      double total = 0.0;
+      for (int64_t start = 0; start < n; start += 4096) {
+        F sums[16 / W];
+        for (F& sum : sums) sum = V::set1(0.0f);
+        each(start, start + 4096 < n ? start + 4096 : n, [&](F v, int64_t k, int64_t valid) {
+          const F squared = errors.squared(v);
+          sums[k] = V::add(sums[k], valid == W ? squared : V::first_lanes(squared, valid));
+        });
+        float lanes[16];
+        for (int64_t k = 0; k < 16 / W; ++k) V::store(lanes + k * W, sums[k]);
+        for (int width = 8; width > 0; width /= 2) {
+          for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+        }
+        total += lanes[0];
+      }
+      return V::set1(static_cast<float>(total));
+    }
+    void scan(F& lo, F& hi, F& poison) const {
+      lo = V::set1(std::numeric_limits<float>::infinity());
+      hi = V::set1(-std::numeric_limits<float>::infinity());
+      poison = V::set1(0.0f);
+      each(0, n, [&](F v, int64_t, int64_t) {
+        lo = V::min(v, lo);
+        hi = V::max(v, hi);
+        poison = V::add(poison, V::mul(v, V::set1(0.0f)));
+      });
+      float a[W], b[W], c[W];
+      V::store(a, lo);
+      V::store(b, hi);
+      V::store(c, poison);
+      for (int64_t j = 1; j < W; ++j) {
+        a[0] = a[j] < a[0] ? a[j] : a[0];
+        b[0] = b[j] > b[0] ? b[j] : b[0];
+        c[0] += c[j];
+      }
+      lo = V::set1(a[0]);
+      hi = V::set1(b[0]);
+      poison = V::set1(c[0]);
+    }
+    F sweep(F low, F high, F error, float sign) const {
+      if (n > kMostBreaks) return V::set1(0.0f);
+      float lows[W], highs[W], errors[W];
+      V::store(lows, low);
+      V::store(highs, high);
+      V::store(errors, error);
+      std::vector<Value> values(static_cast<size_t>((n + 15) / 16 * 16));
+      int64_t at = 0;
+      each(0, n, [&](F v, int64_t, int64_t) {
+        V::store(&values[static_cast<size_t>(at)].v, v);
+        at += W;
+      });
+      const auto value = [&](int64_t i) { return sign * values[static_cast<size_t>(i)].v; };
+      return V::set1(static_cast<float>(sweep_block(n, value, lows[0], highs[0], errors[0])));
+    }
+  };
+
+  template <class Block>
+  static void take_if_better(const Block& block, const Found<V>& range, F ratio, F side, Best& best) {
+    const F error = block.error(range);
+    const Mask better = V::less(error, best.error);
+    best.error = V::select(better, error, best.error);
+    best.range.scale = V::select(better, range.scale, best.range.scale);
+    best.range.offset = V::select(better, range.offset, best.range.offset);
+    best.ratio = V::select(better, ratio, best.ratio);
+    best.side = V::select(better, side, best.side);
+  }
+
+  // Another range must beat this one by more than the error of the sums.
+  static F lowered(F error, int64_t n) {
+    const float terms = static_cast<float>(n < kLaneBlock ? n : kLaneBlock);
+    return V::mul(error, V::set1(1.0f - (terms + 16.0f) * 0x1p-23f));
+  }
+
+  // The range shrunk by `ratio`: about its middle for a minimum, else about zero. For signed_absmax the scale is
+  // anchored on the low end (side < 0) or the high end.
+  static Found<V> shrunk(F lo, F hi, F ratio, F side, const RangeSpec& spec) {
+    const F zero = V::set1(0.0f);
+    F a = V::mul(lo, ratio);
+    F b = V::mul(hi, ratio);
+    if (spec.rule == Rule::minimum) {
+      const F half = V::set1(0.5f);
+      const F middle = V::add(V::mul(half, lo), V::mul(half, hi));
+      a = V::add(middle, V::mul(V::sub(lo, middle), ratio));
+      b = V::add(middle, V::mul(V::sub(hi, middle), ratio));
+    } else if (spec.rule == Rule::signed_absmax) {
+      const F extreme = V::mul(V::max(V::sub(zero, lo), hi), ratio);
+      const Mask low = V::less(side, zero);
+      a = V::select(low, V::sub(zero, extreme), zero);
+      b = V::select(low, zero, extreme);
+    }
+    return Range<V>::parameters(a, b, spec);
+  }
+
+  template <class Block>
+  static void finer(const Block& block, F lo, F hi, int steps, float step, Best& best) {
+    const F center = best.ratio;
+    const F side = best.side;
+    for (int i = -steps; i <= steps; ++i) {
+      if (i == 0) continue;
+      const F ratio = V::add(center, V::set1(step * static_cast<float>(i)));
+      take_if_better(block, shrunk(lo, hi, ratio, side, block.spec), ratio, side, best);
+    }
+  }
+
+  template <class Block>
+  static Best grid(const Block& block, F lo, F hi) {
+    const RangeSpec& spec = block.spec;
+    const F one = V::set1(1.0f);
+    const Mask high = V::less(V::sub(V::set1(0.0f), lo), hi);
+    const F side = V::select(high, one, V::set1(-1.0f));  // that of the value of largest magnitude
+    Best best{Range<V>::parameters(lo, hi, spec), one, one, side};
+    best.error = lowered(block.error(best.range), block.n);
+    for (int i = 0; i < 16; ++i) {
+      const F ratio = V::set1(1.0f - 0.04f * static_cast<float>(i));
+      if (spec.rule == Rule::signed_absmax) {
+        const F other = V::sub(V::set1(0.0f), side);
+        take_if_better(block, shrunk(lo, hi, ratio, other, spec), ratio, other, best);
+      }
+      if (i > 0) take_if_better(block, shrunk(lo, hi, ratio, side, spec), ratio, side, best);
+    }
+    finer(block, lo, hi, 2, 0.01f, best);
+    return best;
+  }
+
+  // The swept scale as stored, and its neighbours of that type.
+  template <class Block>
+  static void take_swept(const Block& block, F scale, F offset, Best& best) {
+    const Dtype type = block.spec.storage;
+    const float step = type == Dtype::f16 ? 0.75f * 0x1p-10f : 0.75f * 0x1p-7f;  // rounds to one unit in the last place
+    const F middle = Range<V>::stored(scale, type);
+    for (const float factor : {1.0f, 1.0f - step, 1.0f + step}) {
+      const F near = Range<V>::stored(V::mul(middle, V::set1(factor)), type);
+      take_if_better(block, {near, offset}, best.ratio, best.side, best);
+      if (type == Dtype::f32) return;
+    }
+  }
+
+  // A short block with few codes, in lanes; sweeps for all signs and zero points that the rule allows.
+  template <class Block>
+  static void sweep_lanes(const Block& block, int64_t codes, Best& best) {
+    const RangeSpec& spec = block.spec;
+    const LaneSweep<V> sweep(block.rows, block.n, codes);
+    const bool shifted = spec.rule == Rule::zero_point;
+    const float first = shifted ? spec.grid.qmin : 0.0f;
+    const float last = shifted ? spec.grid.qmax : 0.0f;
+    for (float zero_point = first; zero_point <= last; zero_point += 1.0f) {
+      const F z = V::set1(zero_point);
+      const F low = V::sub(V::set1(spec.grid.qmin), z);
+      const F high = V::sub(V::set1(spec.grid.qmax), z);
+      take_swept(block, sweep.fit(low, high, 1.0f), z, best);
+      if (spec.rule == Rule::signed_absmax) {
+        take_swept(block, V::sub(z, sweep.fit(low, high, -1.0f)), z, best);
+      }
+    }
+  }
+
+  // The largest magnitude of a code.
+  static float reach(const Grid& grid) { return -grid.qmin > grid.qmax ? -grid.qmin : grid.qmax; }
+
+  template <class Block>
+  static void refine(const Block& block, F lo, F hi, Best& best) {
+    const RangeSpec& spec = block.spec;
+    const Grid& grid = spec.grid;
+    best.error = lowered(best.error, block.n);
+    if constexpr (Block::kInLanes) {
+      if (spec.rule == Rule::minimum) {
+        for (int i = 0; i < 3; ++i) take_if_better(block, block.refit(best.range), best.ratio, best.side, best);
+        return;
+      }
+      const float codes = spec.rule == Rule::zero_point ? grid.qmax - grid.qmin : reach(grid);
+      if (LaneSweep<V>::fits(block.n, codes)) return sweep_lanes(block, static_cast<int64_t>(codes), best);
+    }
+    float swept[W] = {};
+    if (spec.rule != Rule::minimum) {
+      const F z = best.range.offset;
+      const F low = V::sub(V::set1(grid.qmin), z);
+      const F high = V::sub(V::set1(grid.qmax), z);
+      const F scale = block.sweep(low, high, best.error, 1.0f);
+      V::store(swept, scale);
+      take_swept(block, scale, z, best);
+      if (spec.rule == Rule::signed_absmax) {
+        take_swept(block, V::sub(V::set1(0.0f), block.sweep(low, high, best.error, -1.0f)), z, best);
+      }
+    }
+    if (!Block::kInLanes && swept[0] == 0.0f) {
+      finer(block, lo, hi, 9, 0.001f, best);
+      finer(block, lo, hi, 9, 0.0001f, best);
+    }
+  }
+
+  // The range of one block, or of a vector of blocks.
+  template <class Block>
+  static Found<V> solve(const Block& block, bool exact) {
+    F lo, hi, poison;
+    block.scan(lo, hi, poison);
+    Best best = grid(block, lo, hi);
+    if (exact) refine(block, lo, hi, best);
+    const F nan = V::set1(std::numeric_limits<float>::quiet_NaN());
+    return {V::select(V::less_equal(poison, V::set1(0.0f)), best.range.scale, nan), best.range.offset};
+  }
+
+  // Value i of `count` blocks of n values, into rows[i]; lanes beyond repeat the last block.
+  template <class T>
+  static void spread(const T* x, int64_t n, int64_t count, F* rows) {
+    for (int64_t i = 0; i < n; i += W) {
+      F v[W];
+      for (int64_t j = 0; j < W; ++j) {
+        const T* p = x + (j < count ? j : count - 1) * n + i;
+        v[j] = i + W <= n ? V::load(p) : load_part(p, n - i);
+      }
+      V::transpose(v);
+      for (int64_t k = 0; k < W && i + k < n; ++k) rows[i + k] = v[k];
+    }
+  }
+
+  template <Offset kOffset, class T>
+  static void solve_blocks(const T* x, Layout l, const RangeSpec& spec, bool exact, float* scale, float* offset) {
+    if (l.block > kLaneBlock) {
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        float s[W], o[W];
+        const Found<V> found = solve(Long<kOffset, T>{x + b * l.block, l.block, spec}, exact);
+        V::store(s, found.scale);
+        V::store(o, found.offset);
+        scale[b] = s[0];
+        offset[b] = o[0];
+      }
+      return;
+    }
+    F rows[kLaneBlock];
+    for (int64_t b = 0; b < l.blocks; b += W) {
+      const int64_t count = l.blocks - b < W ? l.blocks - b : W;
+      spread(x + b * l.block, l.block, count, rows);
+      const Found<V> found = solve(Short<kOffset>{rows, l.block, count, spec}, exact);
+      float s[W], o[W];
+      V::store(s, found.scale);
+      V::store(o, found.offset);
+      for (int64_t j = 0; j < count; ++j) {
+        scale[b + j] = s[j];
+        offset[b + j] = o[j];
+      }
+    }
+  }
+
+  template <bool kExact>
+  static void search(const void* x, Layout l, RangeSpec spec, float* scale, float* offset) {
+    auto with_type = [&](auto t) {
+      const auto* in = static_cast<const decltype(t)*>(x);
+      if (spec.rule == Rule::minimum) return solve_blocks<Offset::minimum>(in, l, spec, kExact, scale, offset);
+      return solve_blocks<Offset::zero_point>(in, l, spec, kExact, scale, offset);
+    };
+    if (l.dtype == Dtype::f32) return with_type(float{});
+    if (l.dtype == Dtype::bf16) return with_type(bf16{});
+    return with_type(f16{});
+  }
+
+  static constexpr SearchKernels table = {.grid = search<false>, .exact = search<true>};
+};
+
+}  // namespace
+}  // namespace phiquant

@@ -1,0 +1,40 @@
+// The op that searches the range of least squared error (core/search.h).
+#include "core/search.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "ops/blocks.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
+  m.def("search_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool exact) -> (Tensor, Tensor)");
+}
+
+namespace phiquant {
+namespace {
+
+std::tuple<Tensor, Tensor> search_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
+                                        int64_t storage, bool exact) {
+  check(0 <= rule && rule <= 3, "the search knows rules 0 to 3");
+  const Layout l = layout_of(x, block);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
+  const void* in = x.const_data_ptr();
+  auto* s = static_cast<float*>(scale.mutable_data_ptr());
+  auto* o = static_cast<float*>(offset.mutable_data_ptr());
+  // A search reads its block many times: whole blocks to threads, however long; 16 at once lie in lanes.
+  const int64_t grain = std::max<int64_t>(1, kGrain / 16 / std::max<int64_t>(1, l.block)) + 15;
+  torch::stable::parallel_for(0, l.blocks, l.block > 256 ? 1 : grain, [&](int64_t begin, int64_t end) {
+    const Layout part{l.dtype, end - begin, l.block};
+    const auto search = exact ? search_kernels().exact : search_kernels().grid;
+    search(shift(in, begin * l.block, l.dtype), part, spec, s + begin, o + begin);
+  });
+  return {scale, offset};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(phiquant, CPU, m) { m.impl("search_range", TORCH_BOX(&search_range)); }
+
+}  // namespace phiquant

@@ -1,0 +1,49 @@
+"""The range of least squared error of each block, over a grid of shrunken ranges or exactly (csrc/core/search.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .affine import RULES, STORAGE, parameters
+from .blocks import block_length, channel_axis, to_blocks
+
+_search_range = torch.ops.phiquant.search_range.default
+
+
+def search_range(
+    x: Tensor,
+    scale_shape: Sequence[int],
+    *,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    scale_dtype: torch.dtype = torch.float32,
+    format: str = "integer",
+    exact: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scale, zero_point, minimum) of least squared error for each block of x, as `choose_range` returns them.
+
+    exact False: the best of 20 ranges (36 for "signed_absmax"), never worse than min-max. True: the
+    optimum over all scales, rounded to `scale_dtype`; never worse than the first. For rule "minimum", for
+    zero points of more than 4 bits and for blocks of more than 2^22 breakpoints it is not the optimum but a
+    refinement of the grid's range. A block that holds a value that is not finite gets a NaN scale.
+
+    The search adds errors in a fixed order, once per weight: tensors of other devices are searched on the CPU.
+    """
+    if format != "integer" or rule not in ("absmax", "signed_absmax", "zero_point", "minimum"):
+        raise ValueError(f"the range of least squared error is searched for integers, not for {format} by {rule}")
+    axis = channel_axis(x.shape, scale_shape)
+    block = block_length(x.shape, scale_shape)
+    scale, offset = _search_range(
+        to_blocks(x.detach().cpu(), axis), block, qmin, qmax, RULES[rule], STORAGE[scale_dtype], exact
+    )
+    return parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
+
+
+@torch.library.register_fake("phiquant::search_range")
+def _(x: Tensor, block: int, *_: object) -> tuple[Tensor, Tensor]:
+    blocks = x.numel() // block if block else 0
+    return x.new_empty(blocks, dtype=torch.float32), x.new_empty(blocks, dtype=torch.float32)
