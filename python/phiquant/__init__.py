@@ -22,6 +22,7 @@ from . import (
 from .codebook_linear import CodebookLinear
 from .compress import compress
 from .decompress import CompressedSize, compressed_size, decompress, read_compressed
+from .deep_compression import CodebookConv2d, DeepCompression, deep_compress, share_weights
 from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
@@ -68,8 +69,10 @@ __all__ = [
     "TARGETS",
     "Binary",
     "Codebook",
+    "CodebookConv2d",
     "CodebookLinear",
     "CompressedSize",
+    "DeepCompression",
     "EmaObserver",
     "FakeQuantize",
     "FixedPoint",
@@ -103,6 +106,7 @@ __all__ = [
     "compressed_size",
     "convert",
     "decompress",
+    "deep_compress",
     "describe",
     "evaluate",
     "export",
@@ -118,6 +122,7 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "read_compressed",
+    "share_weights",
     "spec",
     "target",
     "testing",

@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from . import ops
+from .codebook_linear import CodebookLinear
 from .decompress import FILLER, VERSION, CompressedSize, compressed_size, digest
 from .errors import PhiquantError
 from .formats.partial import PartialFile
@@ -89,7 +90,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor | QuantizedTensor]:
         if isinstance(module, PrunedLinear | PrunedConv2d):
             module.clear()
             hidden += (f"{prefix}weight_mask",)
-        if isinstance(getattr(module, "weight_quantizer", None), StoredCodes):
+        if isinstance(module, CodebookLinear) and module.codebook.ndim == 2:
+            found[f"{prefix}weight"] = module.quantized
+            hidden += tuple(prefix + word for word in ("codebook", "codes", "zero"))
+        elif isinstance(getattr(module, "weight_quantizer", None), StoredCodes):
             found[f"{prefix}weight"] = module.checked(name)
             hidden += (f"{prefix}weight_quantizer.",)
     for name, value in model.state_dict().items():
@@ -124,7 +128,10 @@ def _forms_of_floats(tensor: Tensor) -> list[tuple[dict[str, Any], Parts]]:
     return forms
 
 
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {
+    torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16,
+    torch.uint8: torch.uint8, torch.int8: torch.uint8,
+}  # fmt: skip
 
 
 def _forms(description: dict[str, Any], parameters: Parts, symbols: Tensor) -> list[tuple[dict[str, Any], Parts]]:

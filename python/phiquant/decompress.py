@@ -23,7 +23,10 @@ VERSION = "1"
 FILLER = 255
 _PARAMETERS = tuple(field.name for field in dataclasses.fields(QuantizedTensor) if field.name not in ("codes", "spec"))
 _WORDS = ("codes", "gaps", "levels", "values", *_PARAMETERS)
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8, "int8": torch.int8,
+}  # fmt: skip
 Value = Tensor | QuantizedTensor
 
 
