@@ -213,8 +213,8 @@ struct Affine {
         return f.template operator()<IntegerCodec<V, Offset::zero_point>>(t);
       }
       if (grid.format != Format::table) return f.template operator()<MinifloatCodec<V>>(t);
-      if (grid.size <= 2) return f.template operator()<TableCodec<V, 1>>(t);
       if (grid.size <= 16) return f.template operator()<TableCodec<V, 4>>(t);
+      if (grid.size <= 64) return f.template operator()<TableCodec<V, 6>>(t);
       return f.template operator()<TableCodec<V, 8>>(t);
     });
   }

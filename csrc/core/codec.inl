@@ -3,7 +3,8 @@
 //   Shared          what blocks have in common
 //   nearest(x)      the value of x's code        store(p, x)  the codes of x
 //   load(p)         the values of codes          pass(x, g)   g where the estimator passes it, else 0
-// Scale, inverse and offset are vectors: a block, or a block in each lane.
+// Scale, inverse and offset are vectors: a block, or a block in each lane. Loops call these for every
+// vector, so they are inlined whatever their number is: with calls, large tables took twice the time.
 #pragma once
 
 #include <limits>
@@ -38,10 +39,10 @@ struct IntegerCodec {
     if constexpr (kOffset == Offset::minimum) return V::add(V::mul(block.scale, q), block.offset);
     return V::mul(block.scale, V::sub(q, block.offset));
   }
-  F nearest(F x) const { return value(code(x)); }
-  void store(int8_t* p, F x) const { V::store_codes(p, code(x)); }
-  F load(const int8_t* p) const { return value(V::load_codes(p, grid.code_signed)); }
-  F pass(F x, F g) const { return V::select_in_range(unclamped(x), grid.qmin, grid.qmax, g); }
+  [[gnu::always_inline]] F nearest(F x) const { return value(code(x)); }
+  [[gnu::always_inline]] void store(int8_t* p, F x) const { V::store_codes(p, code(x)); }
+  [[gnu::always_inline]] F load(const int8_t* p) const { return value(V::load_codes(p, grid.code_signed)); }
+  [[gnu::always_inline]] F pass(F x, F g) const { return V::select_in_range(unclamped(x), grid.qmin, grid.qmax, g); }
 };
 
 // Adding 1.5 * 2^(e + 23 - fraction) to a value in [2^e, 2^(e+1)) leaves no more of it than the format's
@@ -80,20 +81,20 @@ struct MinifloatCodec {
   const Shared& grid;
   BlockGrid<V> block;
 
-  F level(F x) const {
+  [[gnu::always_inline]] F level(F x) const {
     const F t = V::min(V::max(V::mul(x, block.inverse), grid.lowest), grid.largest);
     const F binade = V::max(V::bit_and(t, V::set1(std::numeric_limits<float>::infinity())), grid.smallest_normal);
     const F c = V::mul(binade, grid.rounder);
     return V::copy_sign(V::sub(V::add(t, c), c), t);
   }
-  F nearest(F x) const { return V::mul(block.scale, level(x)); }
-  void store(int8_t* p, F x) const {
+  [[gnu::always_inline]] F nearest(F x) const { return V::mul(block.scale, level(x)); }
+  [[gnu::always_inline]] void store(int8_t* p, F x) const {
     const I bits = V::bits(V::mul(level(x), grid.down));
     const I magnitude = V::bit_and(V::shift_right(bits, grid.shift), grid.magnitude);
     const I sign = V::shift_left(V::shift_right(bits, 31), 31 - grid.sign);
     V::store_codes(p, V::bit_or(magnitude, sign));
   }
-  F load(const int8_t* p) const {
+  [[gnu::always_inline]] F load(const int8_t* p) const {
     const I code = V::load_bytes(p);
     F v = V::mul(V::floats(V::shift_left(V::bit_and(code, grid.magnitude), grid.shift)), grid.up);
     const F beyond = V::select(V::less(v, grid.special), V::set1(std::numeric_limits<float>::infinity()),
@@ -101,7 +102,9 @@ struct MinifloatCodec {
     v = V::select(V::less(grid.largest, v), beyond, v);
     return V::mul(block.scale, V::copy_sign(v, V::floats(V::shift_left(code, grid.sign))));
   }
-  F pass(F x, F g) const { return V::select_in_range(V::mul(x, block.inverse), grid.low, grid.high, g); }
+  [[gnu::always_inline]] F pass(F x, F g) const {
+    return V::select_in_range(V::mul(x, block.inverse), grid.low, grid.high, g);
+  }
 };
 
 // A search tree of kDepth steps over up to 2^kDepth levels. Nodes lie as in a heap: the children of h are
@@ -110,6 +113,7 @@ template <class V, int kDepth>
 struct TableCodec {
   using F = typename V::F;
   using I = typename V::I;
+  using Mask = typename V::Mask;
   static constexpr int kLeaves = 1 << kDepth;
   static constexpr int kFloats = kLeaves < 16 ? 16 : kLeaves;  // a whole vector can be loaded
   struct Shared {
@@ -142,30 +146,41 @@ struct TableCodec {
   const Shared& grid;
   BlockGrid<V> block;
 
-  // 2^kDepth + the code
-  I leaf(F x) const {
+  // 2^kDepth + the code; path[i] is the decision of step i, the bits of the code from the highest down
+  [[gnu::always_inline]] I leaf(F x, Mask* path) const {
     const F t = V::mul(x, block.inverse);
-    I h = V::count(V::set1i(2), V::less_equal(V::set1(grid.nodes[1]), t));
-    descend<1>(t, h);
+    path[0] = V::less_equal(V::set1(grid.nodes[1]), t);
+    I h = V::count(V::set1i(2), path[0]);
+    descend<1>(t, h, path);
     return h;
   }
   template <int kAt>
-  void descend(F t, I& h) const {
+  [[gnu::always_inline]] void descend(F t, I& h, Mask* path) const {
     if constexpr (kAt < kDepth) {
       // up to depth 3 all nodes lie in the first 16 floats, where h itself is the place
       const F node =
-          kAt < 4 ? V::template lookup<4>(grid.nodes, h) : V::template lookup<kAt>(grid.nodes + (1 << kAt), h);
-      h = V::count(V::add(h, h), V::less_equal(node, t));
-      descend<kAt + 1>(t, h);
+          kAt < 4 ? V::template lookup<4>(grid.nodes, h) : V::template lookup<kAt>(grid.nodes + (1 << kAt), h, path);
+      path[kAt] = V::less_equal(node, t);
+      h = V::count(V::add(h, h), path[kAt]);
+      descend<kAt + 1>(t, h, path);
     }
   }
-  F nearest(F x) const { return V::mul(block.scale, V::template lookup<kDepth>(grid.levels, leaf(x))); }
-  void store(int8_t* p, F x) const { V::store_codes(p, V::sub(leaf(x), V::set1i(kLeaves))); }
-  F load(const int8_t* p) const {
+  [[gnu::always_inline]] F nearest(F x) const {
+    Mask path[kDepth];
+    const I h = leaf(x, path);
+    return V::mul(block.scale, V::template lookup<kDepth>(grid.levels, h, path));
+  }
+  [[gnu::always_inline]] void store(int8_t* p, F x) const {
+    Mask path[kDepth];
+    V::store_codes(p, V::sub(leaf(x, path), V::set1i(kLeaves)));
+  }
+  [[gnu::always_inline]] F load(const int8_t* p) const {
     const I code = V::min(V::load_bytes(p), V::set1i(grid.size - 1));
     return V::mul(block.scale, V::template lookup<kDepth>(grid.levels, code));
   }
-  F pass(F x, F g) const { return V::select_in_range(V::mul(x, block.inverse), grid.low, grid.high, g); }
+  [[gnu::always_inline]] F pass(F x, F g) const {
+    return V::select_in_range(V::mul(x, block.inverse), grid.low, grid.high, g);
+  }
 };
 
 }  // namespace

@@ -108,7 +108,7 @@ struct Avx2 {
   static int64_t count(Mask m) { return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(m))); }
   // table[i mod 2^kBits], kBits 1 to 8; the table has at least 16 floats, and repeats if kBits < 4
   template <int kBits>
-  static F lookup(const float* table, I i) {
+  [[gnu::always_inline]] static F lookup(const float* table, I i) {
     if constexpr (kBits <= 4) {
       const F low = _mm256_permutevar8x32_ps(load(table), i);
       const F high = _mm256_permutevar8x32_ps(load(table + 8), i);
@@ -116,6 +116,10 @@ struct Avx2 {
     } else {
       return _mm256_i32gather_ps(table, _mm256_and_si256(i, _mm256_set1_epi32((1 << kBits) - 1)), 4);
     }
+  }
+  template <int kBits>
+  [[gnu::always_inline]] static F lookup(const float* table, I i, const Mask*) {
+    return lookup<kBits>(table, i);
   }
 
   // v where lo <= t <= hi, else 0

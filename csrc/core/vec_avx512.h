@@ -103,7 +103,7 @@ struct Avx512 {
   static int64_t count(Mask m) { return __builtin_popcount(m); }
   // table[i mod 2^kBits], kBits 1 to 8; the table has at least 16 floats, and repeats if kBits < 4
   template <int kBits>
-  static F lookup(const float* table, I i) {
+  [[gnu::always_inline]] static F lookup(const float* table, I i) {
     if constexpr (kBits <= 4) {
       return _mm512_permutexvar_ps(i, load(table));
     } else if constexpr (kBits == 5) {
@@ -112,6 +112,17 @@ struct Avx512 {
       constexpr int kHalf = 1 << (kBits - 1);
       const Mask upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(kHalf));
       return select(upper, lookup<kBits - 1>(table + kHalf, i), lookup<kBits - 1>(table, i));
+    }
+  }
+
+  // The same where the decisions that made the bits of i, from bit kBits - 1 down, are known.
+  template <int kBits>
+  [[gnu::always_inline]] static F lookup(const float* table, I i, const Mask* bits) {
+    if constexpr (kBits <= 5) {
+      return lookup<kBits>(table, i);
+    } else {
+      constexpr int kHalf = 1 << (kBits - 1);
+      return select(*bits, lookup<kBits - 1>(table + kHalf, i, bits + 1), lookup<kBits - 1>(table, i, bits + 1));
     }
   }
 
