@@ -114,7 +114,8 @@ struct Weights {
 
 Requantize requantize_of(const Tensor& multiplier, const Tensor& shift, int64_t n, int64_t zero_point, int64_t qmin,
                          int64_t qmax) {
-  grid_of(qmin, qmax, false);  // checks the range
+  check(-128 <= qmin && qmin <= qmax && qmax <= 255 && qmax - qmin <= 255,
+        "codes must fit in 8 bits: got qmin " + std::to_string(qmin) + ", qmax " + std::to_string(qmax));
   const int32_t* m = int32s(multiplier, n, "multiplier");
   const int32_t* s = int32s(shift, n, "shift");
   for (int64_t i = 0; i < n; ++i) {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from . import (
     evaluate,
+    integer,
     ops,  # first: loads the compiled part, or says why it cannot
     qat,
     testing,
@@ -27,9 +28,10 @@ from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
+from .integer_model import compute_per_token, to_integer
 from .kmeans import kmeans, vector_kmeans
 from .load import load
-from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
+from .modules import QATEmbedding, QATLinear, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from .observers import (
     EmaObserver,
     HistogramObserver,
@@ -93,6 +95,7 @@ __all__ = [
     "QATEmbedding",
     "QATLinear",
     "QuantSpec",
+    "QuantizedConv2d",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedTensor",
@@ -104,6 +107,7 @@ __all__ = [
     "bits",
     "compress",
     "compressed_size",
+    "compute_per_token",
     "convert",
     "decompress",
     "deep_compress",
@@ -112,6 +116,7 @@ __all__ = [
     "export",
     "fake_quantize",
     "finalize_pruning",
+    "integer",
     "kmeans",
     "load",
     "magnitude_mask",
@@ -126,6 +131,7 @@ __all__ = [
     "spec",
     "target",
     "testing",
+    "to_integer",
     "vector_kmeans",
     "verify",
 ]

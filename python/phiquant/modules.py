@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import integer
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize
 from .observers import KeepsDtype
@@ -104,8 +105,66 @@ class _HoldsCodes(nn.Module):
         return self
 
 
-class QuantizedLinear(_HoldsCodes, nn.Linear):
-    """A Linear with codes. It computes with their decoded values; `.quantized` is what a file gets."""
+class _ComputesInIntegers(_HoldsCodes):
+    """A layer that computes on codes when it is given a QuantizedTensor: the result is one on its output's grid.
+
+    output_quantizer: that grid, an `integer.ActivationQuantizer` set by `integer_model.to_integer` or by hand;
+    relu: whether the result is cut at 0. Floats still meet the decoded weight.
+    """
+
+    relu: bool = False
+    groups: int = 1
+    _packed: tuple[list[tuple[torch.Tensor, int]], integer.IntegerWeight] | None = None
+
+    @property
+    def integer_weight(self) -> integer.IntegerWeight:
+        """The codes as the integer kernels take them, laid out once and again when they change."""
+        stored = self.weight_quantizer
+        state = [(t, t._version) for t in (stored.codes, stored.scales, stored.zero_points) if t is not None]
+        if self._packed is None or [(id(t), v) for t, v in self._packed[0]] != [(id(t), v) for t, v in state]:
+            self._packed = (state, integer.IntegerWeight.pack(self.quantized, self.groups))
+        return self._packed[1]
+
+    def output_grid(self) -> integer.ActivationQuantizer:
+        grid = getattr(self, "output_quantizer", None)
+        if grid is None:
+            raise PhiquantError(
+                f"this {type(self).__name__} was given codes, but knows no grid for its result; "
+                "set output_quantizer, or convert the model by phiquant.to_integer"
+            )
+        return grid
+
+
+class QuantizedLinear(_ComputesInIntegers, nn.Linear):
+    """A Linear with codes. `.quantized` is what a file gets.
+
+    Given floats, it computes with the decoded codes, or, where per_token is set, on int8 activations with
+    a scale for each token (`integer.linear_per_token`). Given a QuantizedTensor, it computes in integers alone.
+    """
+
+    per_token: bool = False
+
+    def forward(self, input: torch.Tensor | QuantizedTensor) -> Any:
+        if isinstance(input, QuantizedTensor):
+            return integer.linear(input, self.integer_weight, self.bias, self.output_grid(), self.relu)
+        if self.per_token:
+            return integer.linear_per_token(input, self.integer_weight, self.bias)
+        return super().forward(input)
+
+
+class QuantizedConv2d(_ComputesInIntegers, nn.Conv2d):
+    """A Conv2d with codes. Given floats, it computes with the decoded codes; given a QuantizedTensor, in integers."""
+
+    def forward(self, input: torch.Tensor | QuantizedTensor) -> Any:
+        if not isinstance(input, QuantizedTensor):
+            return super().forward(input)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise PhiquantError(
+                f"integer convolution pads with zeros by numbers, not padding={self.padding!r}, "
+                f"padding_mode={self.padding_mode!r}; give the numbers, or keep this layer in float"
+            )
+        window: Any = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return integer.conv2d(input, self.integer_weight, self.bias, self.output_grid(), self.relu, **window)
 
 
 class QuantizedEmbedding(_HoldsCodes, nn.Embedding):
@@ -116,6 +175,7 @@ QAT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: QATLinear, nn.Em
 QUANTIZED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Embedding: QuantizedEmbedding,
+    nn.Conv2d: QuantizedConv2d,
     QATLinear: QuantizedLinear,
     QATEmbedding: QuantizedEmbedding,
 }
