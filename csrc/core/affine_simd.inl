@@ -207,16 +207,7 @@ struct Affine {
   // Calls f.operator()<codec>(T{}) with the C++ type of `dtype` and the codec of `grid`.
   template <class Body>
   static void with(Dtype dtype, const Grid& grid, Body f) {
-    with_type(dtype, [&](auto t) {
-      if (grid.format == Format::integer) {
-        if (grid.offset == Offset::minimum) return f.template operator()<IntegerCodec<V, Offset::minimum>>(t);
-        return f.template operator()<IntegerCodec<V, Offset::zero_point>>(t);
-      }
-      if (grid.format != Format::table) return f.template operator()<MinifloatCodec<V>>(t);
-      if (grid.size <= 16) return f.template operator()<TableCodec<V, 4>>(t);
-      if (grid.size <= 64) return f.template operator()<TableCodec<V, 6>>(t);
-      return f.template operator()<TableCodec<V, 8>>(t);
-    });
+    with_type(dtype, [&](auto t) { with_codec<V>(grid, [&]<class C>() { f.template operator()<C>(t); }); });
   }
 
   // Calls f.operator()<offset>(T{}) with the C++ type of `dtype`.

@@ -1,5 +1,5 @@
 // How values become codes and codes values, over vectors V: one policy per kind of element, for the
-// kernels of affine_simd.inl. Each knows
+// kernels of affine_simd.inl and gptq_simd.inl. Each knows
 //   Shared          what blocks have in common
 //   nearest(x)      the value of x's code        store(p, x)  the codes of x
 //   load(p)         the values of codes          pass(x, g)   g where the estimator passes it, else 0
@@ -182,6 +182,19 @@ struct TableCodec {
     return V::select_in_range(V::mul(x, block.inverse), grid.low, grid.high, g);
   }
 };
+
+// Calls f.operator()<codec>() with the codec of `grid`.
+template <class V, class Body>
+void with_codec(const Grid& grid, Body f) {
+  if (grid.format == Format::integer) {
+    if (grid.offset == Offset::minimum) return f.template operator()<IntegerCodec<V, Offset::minimum>>();
+    return f.template operator()<IntegerCodec<V, Offset::zero_point>>();
+  }
+  if (grid.format != Format::table) return f.template operator()<MinifloatCodec<V>>();
+  if (grid.size <= 16) return f.template operator()<TableCodec<V, 4>>();
+  if (grid.size <= 64) return f.template operator()<TableCodec<V, 6>>();
+  return f.template operator()<TableCodec<V, 8>>();
+}
 
 }  // namespace
 }  // namespace phiquant

@@ -19,6 +19,7 @@ from .affine import (  # noqa: E402
     range_from_min_max,
 )
 from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits  # noqa: E402
+from .gptq import GPTQ_COLUMNS, gptq_run  # noqa: E402
 from .histogram import (  # noqa: E402
     coarsen,
     dyadic_histogram,
@@ -52,6 +53,7 @@ from .search import search_range  # noqa: E402
 
 __all__ = [
     "FORMATS",
+    "GPTQ_COLUMNS",
     "RULES",
     "PackedWeight",
     "choose_range",
@@ -64,6 +66,7 @@ __all__ = [
     "dyadic_histogram",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "gptq_run",
     "histogram",
     "histogram_mse",
     "huffman_decode",

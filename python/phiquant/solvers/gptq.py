@@ -1,0 +1,149 @@
+"""GPTQ: codes that keep the layer's output, one column after the other (docs/methods.md).
+
+minimise tr((W - Q) H (W - Q)^T), H the mean of x x^T over the layer's inputs. arXiv 2210.17323; the form
+without an inverse, which gives the same codes for half the work, is that of arXiv 2307.13304.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import PhiquantError
+from ..spec import Codebook, QuantSpec
+from ..statistics import Statistics
+from ..tensor import QuantizedTensor, element_arguments
+from .kmeans import kmeans
+from .nearest import mse, rtn
+
+_LARGEST_DAMPING = 1e4  # times the mean of the diagonal: beyond it H is noise beside the damping
+_TOKENS = 1 / 32  # of the layer's inputs: with fewer tokens seen, their directions say too little of the others
+
+_WIDE = 4 * ops.GPTQ_COLUMNS
+
+
+def gptq(
+    w: Tensor,
+    spec: QuantSpec,
+    statistics: Statistics | None = None,
+    *,
+    grid: Literal["minmax", "mse"] = "minmax",
+    act_order: bool = True,
+    damping: float = 0.01,
+) -> QuantizedTensor:
+    """Codes of w [N, K] on the grid that `rtn` (or `mse`) finds for it, rounded so that errors cancel in the output.
+
+    grid: where scales and offsets come from: the extremes, or the least squared error. They are found from the
+        weight as it is, so a file needs no order of columns. A codebook (one, for the whole tensor) comes from kmeans.
+    act_order: take the columns with the largest inputs first.
+    damping: this share of the mean of H's diagonal is added to the diagonal; ten times as much, until H can be
+        factored. Columns whose input was always zero are rounded to the nearest code.
+    With too few tokens seen (fewer than K / 32), a warning, and the nearest codes.
+    Runs on the CPU; the result is on w's device.
+    """
+    if statistics is None:
+        raise PhiquantError("gptq needs statistics of the layer's inputs; give calibration data")
+    if w.dim() != 2:
+        raise PhiquantError(f"gptq takes a matrix, not a tensor of shape {list(w.shape)}")
+    if statistics.features != w.shape[1]:
+        raise PhiquantError(f"the weight has {w.shape[1]} inputs, its statistics are of {statistics.features}")
+    nearest = _nearest(w.cpu(), spec, statistics, grid)
+    if not w.numel() or not bool(w.isfinite().all()):
+        return nearest  # with NaN scales, from which quantize_tensor() tells where the weight is not finite
+    if statistics.tokens < _TOKENS * w.shape[1]:
+        warnings.warn(
+            f"a layer of {w.shape[1]} inputs saw {statistics.tokens} tokens, too few for gptq: its codes are the "
+            "nearest ones; calibrate on more text",
+            stacklevel=2,
+        )
+        return _on(nearest, w.device)
+    hessian = statistics.hessian.cpu()
+    # Columns are taken from the last to the first.
+    order = hessian.diagonal().argsort(stable=True) if act_order else torch.arange(len(hessian) - 1, -1, -1)
+    return _on(_solve(w.cpu(), nearest, _feedback(hessian, order, damping), order), w.device)
+
+
+def _nearest(w: Tensor, spec: QuantSpec, statistics: Statistics, grid: str) -> QuantizedTensor:
+    """The grid, and the nearest codes on it."""
+    if not isinstance(spec.element, Codebook):
+        return (mse if grid == "mse" else rtn)(w, spec)
+    if spec.block_size(tuple(w.shape)) < w.numel():
+        raise PhiquantError(f"gptq takes one codebook for the whole tensor, not {spec}; use kmeans for others")
+    return kmeans(w, spec, weights=statistics.hessian.diagonal().float().cpu())
+
+
+def _feedback(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
+    """F[k, j] = L[j, k] / L[k, k] for H = L L^T, L lower triangular, the columns of H put in `order`.
+
+    PhiquantError if H cannot be factored with any damping.
+    """
+    mean = hessian.diagonal().mean()
+    if mean <= 0:  # no input was ever anything but zero: nothing to make up for
+        return torch.zeros_like(hessian, dtype=torch.float32)
+    h = hessian.index_select(0, order).index_select(1, order)
+    diagonal = h.diagonal().clone()
+    while damping <= _LARGEST_DAMPING:
+        for dtype in (torch.float32, torch.float64):
+            h.diagonal().copy_(diagonal + damping * mean)
+            factor, failed = torch.linalg.cholesky_ex(h.to(dtype))
+            if not failed and bool(factor.diagonal().isfinite().all()):
+                return factor.mT.div_(factor.diagonal().clone()[:, None]).float()
+        damping = max(10 * damping, 1e-6)
+    raise PhiquantError("the second moments of the layer's inputs cannot be factored; are they finite?")
+
+
+def _solve(w: Tensor, nearest: QuantizedTensor, feedback: Tensor, order: Tensor) -> QuantizedTensor:
+    rows, columns = w.shape
+    weight = w.float().T.contiguous().index_select(0, order)  # [K, N]: a row of w along a lane of the kernel
+    element = nearest.spec.element
+    scales, zero_points, minimums = nearest.grid()
+    scale = _per_column(scales, rows)
+    extra = zero_points if minimums is None else minimums
+    offset = None if extra is None else _per_column(extra, rows)
+    codes = torch.empty(columns, rows, dtype=nearest.codes.dtype)
+    for first, stop in _from_the_last(0, columns, _WIDE):  # feedback of all columns after: in a few wide products
+        wide = torch.addmm(weight[first:stop], feedback[first:stop, stop:], weight[stop:])
+        for a, b in _from_the_last(first, stop, ops.GPTQ_COLUMNS):
+            ops.gptq_run(
+                wide[a - first : b - first].addmm_(feedback[a:b, b:stop], weight[b:stop]),
+                weight[a:b],
+                feedback[a:b, a:b].contiguous(),
+                order[a:b],
+                scale,
+                offset,
+                codes,
+                minimum=minimums is not None,
+                qmin=element.qmin,
+                qmax=element.qmax,
+                **element_arguments(element, nearest.codebook),
+            )
+    return dataclasses.replace(nearest, codes=codes.T.contiguous())
+
+
+def _from_the_last(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of runs of `step`, the last run first; the one at `first` may be shorter."""
+    while stop > first:
+        yield max(first, stop - step), stop
+        stop -= step
+
+
+def _per_column(parameter: Tensor, rows: int) -> Tensor:
+    """Stored parameters of any granularity as float32 [G, N], contiguous: G groups of columns, N rows."""
+    return parameter.float().repeat_interleave(rows // len(parameter), 0).T.contiguous()
+
+
+def _on(quantized: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The same codes and parameters on `device`."""
+    moved = copy.copy(quantized)
+    for field in dataclasses.fields(quantized):
+        part = getattr(quantized, field.name)
+        if isinstance(part, Tensor):
+            object.__setattr__(moved, field.name, part.to(device))
+    return moved

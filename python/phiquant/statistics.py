@@ -1,0 +1,86 @@
+"""What a data-driven solver knows of a layer's input: second moments, and the size of each channel.
+
+The linears that read one tensor share one `Statistics`; so do the parts of a fused projection (q, k, v;
+gate, up), because the error of every row is weighed by the same inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import PhiquantError
+
+_STRIP = 512  # rows of the moments computed at a time, from the diagonal on
+
+
+class Statistics:
+    """Sums over the tokens x [K] that a linear of K inputs has seen.
+
+    moments: [K, K] sum of x x^T in `dtype`; `hessian` completes what lies below its diagonal strips.
+    abs_sum: float64 [K] sum of |x|. abs_max: float32 [K] largest |x|. tokens: how many were seen.
+    dtype: float32, or float64, which is slower and for data sets of very many tokens.
+    """
+
+    def __init__(self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"moments are summed in float32 or float64, not {dtype}")
+        self.moments = torch.zeros(features, features, dtype=dtype, device=device)
+        self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
+        self.abs_max = torch.zeros(features, device=device)
+        self.tokens = 0
+
+    @property
+    def features(self) -> int:
+        return len(self.abs_max)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in the tokens x [..., K]. An empty tensor changes nothing."""
+        if x.shape[-1] != self.features:
+            raise ValueError(f"these statistics are of {self.features} inputs, the tensor has {x.shape[-1]}")
+        rows = x.detach().reshape(-1, self.features).to(self.moments)
+        if not len(rows):
+            return
+        for start in range(0, self.features, _STRIP):  # x^T x is symmetric: nearly half of it need not be computed
+            self.moments[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+        size = rows.abs()
+        self.abs_sum += size.sum(0, dtype=torch.float64)
+        self.abs_max = torch.maximum(self.abs_max, size.amax(0).float())
+        self.tokens += len(rows)
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what `other` has seen, as if it had been seen here."""
+        if other.features != self.features:
+            raise ValueError(f"statistics of {other.features} inputs cannot be merged into those of {self.features}")
+        self.moments += other.moments.to(self.moments)
+        self.abs_sum += other.abs_sum.to(self.abs_sum)
+        self.abs_max = torch.maximum(self.abs_max, other.abs_max.to(self.abs_max))
+        self.tokens += other.tokens
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Merge the statistics of all processes of torch.distributed's `group`, in each of them."""
+        tokens = torch.tensor(self.tokens, device=self.moments.device)
+        for total in (self.moments, self.abs_sum, tokens):
+            torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
+        torch.distributed.all_reduce(self.abs_max, torch.distributed.ReduceOp.MAX, group)
+        self.tokens = int(tokens)
+
+    @property
+    def hessian(self) -> Tensor:
+        """`moments`, all of it: solvers need no other factor. RuntimeError if no token was seen.
+
+        PhiquantError if the inputs were not finite.
+        """
+        if not self.tokens:
+            raise RuntimeError("these statistics have seen no tokens yet; show them the layer's inputs first")
+        if not bool(self.moments.diagonal().isfinite().all()):
+            raise PhiquantError("the layer's inputs hold values that are not finite; run the model in float32")
+        for start in range(_STRIP, self.features, _STRIP):
+            self.moments[start : start + _STRIP, :start] = self.moments[:start, start : start + _STRIP].T
+        return self.moments
+
+    @property
+    def abs_mean(self) -> Tensor:
+        """float32 [K]: mean of |x| of each input channel."""
+        return (self.abs_sum / max(1, self.tokens)).float()
