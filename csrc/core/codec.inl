@@ -71,11 +71,8 @@ struct MinifloatCodec {
       sign = 31 - f.exponent - f.fraction;
       magnitude = V::set1i((1 << (f.exponent + f.fraction)) - 1);
     }
-    static float power(int e) {  // 2^e
-      float p = 1.0f;
-      for (; e > 0; --e) p *= 2.0f;
-      for (; e < 0; ++e) p *= 0.5f;
-      return p;
+    static float power(int e) {  // 2^e, e >= -149
+      return __builtin_bit_cast(float, e >= -126 ? (e + 127) << 23 : 1 << (e + 149));
     }
   };
   const Shared& grid;

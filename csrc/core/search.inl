@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/codec.inl"
 #include "core/range.inl"
 #include "core/search.h"
 #include "core/sweep.inl"
@@ -43,9 +44,10 @@ struct Search {
     float v;
   };
 
-  // The squared error of one value on the grid of `range`.
+  // The squared error of one value on the grid of `range`: of integers, ...
   template <Offset kOffset>
   struct Errors {
+    static constexpr bool kInteger = true;
     F scale, inv, offset, low, high;
     Errors(const Found<V>& range, const Grid& grid)
         : scale(range.scale), inv(Range<V>::inverse(range.scale)), offset(range.offset) {
@@ -65,9 +67,26 @@ struct Search {
     }
   };
 
+  // ... and of other elements.
+  template <class Codec>
+  struct CodecErrors {
+    static constexpr bool kInteger = false;
+    typename Codec::Shared shared;
+    Codec codec;
+    CodecErrors(const Found<V>& range, const Grid& grid)
+        : shared(grid, 0), codec{shared, {range.scale, Range<V>::inverse(range.scale), range.offset}} {}
+    CodecErrors(const CodecErrors&) = delete;
+    CodecErrors& operator=(const CodecErrors&) = delete;
+    F squared(F x) const {
+      const F e = V::sub(codec.nearest(x), x);
+      return V::mul(e, e);
+    }
+  };
+
   // Blocks in lanes: rows[i] holds value i of each block. Values are added in their order.
-  template <Offset kOffset>
+  template <class E>
   struct Short {
+    using Error = E;
     static constexpr bool kInLanes = true;
     const F* rows;
     int64_t n;
@@ -75,7 +94,7 @@ struct Search {
     RangeSpec spec;
 
     F error(const Found<V>& range) const {
-      const Errors<kOffset> errors(range, spec.grid);
+      const E errors(range, spec.grid);
       F sum = V::set1(0.0f);
       for (int64_t i = 0; i < n; ++i) sum = V::add(sum, errors.squared(rows[i]));
       return sum;
@@ -105,7 +124,7 @@ struct Search {
     }
     // Scale and minimum by least squares, for the codes on `range`.
     Found<V> refit(const Found<V>& range) const {
-      const Errors<kOffset> errors(range, spec.grid);
+      const E errors(range, spec.grid);
       F q1 = V::set1(0.0f), q2 = q1, x1 = q1, qx = q1;
       for (int64_t i = 0; i < n; ++i) {
         const F x = V::sub(rows[i], range.offset);
@@ -124,8 +143,9 @@ struct Search {
 
   // A block across lanes: value i goes to lane i % 16; lanes are added as a tree every 4096 values, in fp64.
   // All lanes of what it returns are alike.
-  template <Offset kOffset, class T>
+  template <class E, class T>
   struct Long {
+    using Error = E;
     static constexpr bool kInLanes = false;
     const T* x;
     int64_t n;
@@ -143,7 +163,7 @@ struct Search {
       }
     }
     F error(const Found<V>& range) const {
-      const Errors<kOffset> errors(range, spec.grid);
+      const E errors(range, spec.grid);
       double total = 0.0;
       for (int64_t start = 0; start < n; start += 4096) {
         F sums[16 / W];
@@ -340,7 +360,9 @@ struct Search {
     F lo, hi, poison;
     block.scan(lo, hi, poison);
     Best best = grid(block, lo, hi);
-    if (exact) refine(block, lo, hi, best);
+    if constexpr (Block::Error::kInteger) {
+      if (exact) refine(block, lo, hi, best);
+    }
     const F nan = V::set1(std::numeric_limits<float>::quiet_NaN());
     return {V::select(V::less_equal(poison, V::set1(0.0f)), best.range.scale, nan), best.range.offset};
   }
@@ -359,12 +381,12 @@ struct Search {
     }
   }
 
-  template <Offset kOffset, class T>
+  template <class E, class T>
   static void solve_blocks(const T* x, Layout l, const RangeSpec& spec, bool exact, float* scale, float* offset) {
     if (l.block > kLaneBlock) {
       for (int64_t b = 0; b < l.blocks; ++b) {
         float s[W], o[W];
-        const Found<V> found = solve(Long<kOffset, T>{x + b * l.block, l.block, spec}, exact);
+        const Found<V> found = solve(Long<E, T>{x + b * l.block, l.block, spec}, exact);
         V::store(s, found.scale);
         V::store(o, found.offset);
         scale[b] = s[0];
@@ -376,7 +398,7 @@ struct Search {
     for (int64_t b = 0; b < l.blocks; b += W) {
       const int64_t count = l.blocks - b < W ? l.blocks - b : W;
       spread(x + b * l.block, l.block, count, rows);
-      const Found<V> found = solve(Short<kOffset>{rows, l.block, count, spec}, exact);
+      const Found<V> found = solve(Short<E>{rows, l.block, count, spec}, exact);
       float s[W], o[W];
       V::store(s, found.scale);
       V::store(o, found.offset);
@@ -391,8 +413,14 @@ struct Search {
   static void search(const void* x, Layout l, RangeSpec spec, float* scale, float* offset) {
     auto with_type = [&](auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
-      if (spec.rule == Rule::minimum) return solve_blocks<Offset::minimum>(in, l, spec, kExact, scale, offset);
-      return solve_blocks<Offset::zero_point>(in, l, spec, kExact, scale, offset);
+      if (spec.grid.format == Format::table) {
+        return solve_blocks<CodecErrors<TableCodec<V, 4>>>(in, l, spec, false, scale, offset);
+      }
+      if (spec.grid.format != Format::integer) {
+        return solve_blocks<CodecErrors<MinifloatCodec<V>>>(in, l, spec, false, scale, offset);
+      }
+      if (spec.rule == Rule::minimum) return solve_blocks<Errors<Offset::minimum>>(in, l, spec, kExact, scale, offset);
+      return solve_blocks<Errors<Offset::zero_point>>(in, l, spec, kExact, scale, offset);
     };
     if (l.dtype == Dtype::f32) return with_type(float{});
     if (l.dtype == Dtype::bf16) return with_type(bf16{});

@@ -25,6 +25,24 @@ struct Scalar : Lane<Rounding> {
   static F bit_and(F a, F b) { return bits(std::bit_cast<uint32_t>(a) & std::bit_cast<uint32_t>(b)); }
   static F bit_or(F a, F b) { return bits(std::bit_cast<uint32_t>(a) | std::bit_cast<uint32_t>(b)); }
   static void transpose(F*) {}
+
+  // What codec.inl asks for to find the nearest level.
+  using I = int32_t;
+  static I set1i(int v) { return v; }
+  static I bits(F v) { return std::bit_cast<int32_t>(v); }
+  static F floats(I v) { return std::bit_cast<float>(v); }
+  static I add(I a, I b) { return a + b; }
+  static F add(F a, F b) { return a + b; }
+  static F copy_sign(F v, F s) { return std::copysign(v, s); }
+  static I count(I n, Mask m) { return n + m; }
+  template <int kBits>
+  static F lookup(const float* table, I i) {
+    return table[i % (1 << kBits)];
+  }
+  template <int kBits>
+  static F lookup(const float* table, I i, const Mask*) {
+    return lookup<kBits>(table, i);
+  }
 };
 
 }  // namespace

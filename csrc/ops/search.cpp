@@ -2,22 +2,28 @@
 #include "core/search.h"
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "ops/blocks.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
-  m.def("search_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool exact) -> (Tensor, Tensor)");
+  m.def(
+      "search_range(Tensor x, int block, int qmin, int qmax, int rule, int storage, bool exact, "
+      "int format=0, Tensor? levels=None) -> (Tensor, Tensor)");
 }
 
 namespace phiquant {
 namespace {
 
 std::tuple<Tensor, Tensor> search_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
-                                        int64_t storage, bool exact) {
+                                        int64_t storage, bool exact, int64_t format,
+                                        const std::optional<Tensor>& levels) {
   check(0 <= rule && rule <= 3, "the search knows rules 0 to 3");
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
+  check(format == 0 || !exact, "the exact search is for integers");
+  check(spec.grid.size <= 16, "the search is for tables of up to 16 levels");
   Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   const void* in = x.const_data_ptr();

@@ -508,3 +508,49 @@ def test_gguf_and_safetensors_refuse_other_elements() -> None:
 
     with pytest.raises(pq.PhiquantError, match="its blocks hold integers, not nf4"):
         type_for("w", pq.spec("nf4-g32-sym-f16"), (32, 32))
+
+
+# --- the range of least squared error -------------------------------------------------------------
+
+SEARCHED = [
+    *("fp8_e4m3-channel-sym", "fp8_e5m2-g32-sym", "fp4_e2m1-g32-sym-f16", "fp4_e1m2-row-sym", "fp4_e3m0-g32-sym"),
+    *("nf4-g64-sym", "nf4-tensor-sym", "binary-channel-sym", "ternary-channel-sym", "ternary-g32-sym-bf16"),
+]
+
+
+@pytest.mark.parametrize("text", SEARCHED)
+def test_the_search_is_never_worse_than_the_rule(level: str, text: str) -> None:
+    w = random(16, 320, seed=8)
+    spec = pq.spec(text)
+    searched, plain = (pq.quantize_tensor(w, spec, solver=solver) for solver in ("mse", "rtn"))
+    blocks = math.prod(spec.scale_shape((16, 320)))
+    found, before = ((qt.dequantize() - w).double().reshape(blocks, -1).square().sum(1) for qt in (searched, plain))
+    assert (found <= before * (1 + 1e-6)).all()
+    if text != "binary-channel-sym":
+        assert found.sum() < before.sum()
+    _C.set_cpu_level("scalar")
+    assert torch.equal(pq.quantize_tensor(w, spec, solver="mse").scales, searched.scales)
+
+
+@pytest.mark.parametrize("text", ["fp4_e2m1-row-sym", "nf4-row-sym"])
+def test_the_search_finds_the_best_of_its_candidates(text: str) -> None:
+    w = random(1, 64, seed=2)
+    spec = pq.spec(text)
+    largest = max(spec.element.levels)
+    widest = w.abs().max() / largest
+
+    def error(ratio: float) -> float:
+        scale = (widest * ratio).reshape(1, 1)
+        return float((pq.fake_quantize(w, spec, scale=scale) - w).double().square().sum())
+
+    found = float((pq.quantize_tensor(w, spec, solver="mse").dequantize() - w).double().square().sum())
+    assert found <= min(error(1 - 0.04 * i) for i in range(16)) * (1 + 1e-5)
+
+
+def test_a_value_that_is_not_finite_is_seen_by_every_solver() -> None:
+    w = random(4, 64)
+    w[2, 5] = math.inf
+    for text in ("nf4-g32-sym", "binary-channel-sym", "ternary-channel-sym", "q3.4", "fp8_e4m3-tensor-sym"):
+        for solver in ("rtn", "mse"):
+            with pytest.raises(pq.PhiquantError, match=r"index \[2, 5\]"):
+                pq.quantize_tensor(w, text, solver=solver)

@@ -29,7 +29,7 @@ Levels = Tensor | Sequence[float]
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
+def codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
     """How codes are read, as the ops take it; nothing for plain integers, their default."""
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
@@ -67,7 +67,7 @@ def quantize(
         minimum is not None,
         qmin,
         qmax,
-        **_codec(format, levels, x),
+        **codec(format, levels, x),
     )
     return from_blocks(codes, axis)
 
@@ -89,8 +89,8 @@ def dequantize(
     direct = out if out is not None and axis is None and out.is_contiguous() else None
     result = torch.empty_like(blocks, dtype=dtype if out is None else out.dtype) if direct is None else direct
     offset = flat_or_none(zero_point, minimum)
-    codec = _codec(format, levels, codes)
-    _ops.dequantize_out.default(blocks, flat(scale), offset, minimum is not None, result, **codec)
+    named = codec(format, levels, codes)
+    _ops.dequantize_out.default(blocks, flat(scale), offset, minimum is not None, result, **named)
     return deliver(result, axis, out)
 
 
@@ -113,8 +113,8 @@ def fake_quantize(
     """
     axis = channel_axis(x.shape, scale.shape)
     arguments = (flat(scale), flat_or_none(zero_point, minimum), minimum is not None, qmin, qmax)
-    codec = _codec(format, levels, x)
-    return apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out, codec)
+    named = codec(format, levels, x)
+    return apply(_ops.fake_quantize, _ops.fake_quantize_out, x, axis, arguments, out, named)
 
 
 def fake_quantize_dynamic(
@@ -135,8 +135,8 @@ def fake_quantize_dynamic(
     """
     axis = channel_axis(x.shape, scale_shape)
     arguments = (block_length(x.shape, scale_shape), qmin, qmax, RULES[rule], STORAGE[scale_dtype])
-    codec = _codec(format, levels, x)
-    return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out, codec)
+    named = codec(format, levels, x)
+    return apply(_ops.fake_quantize_dynamic, _ops.fake_quantize_dynamic_out, x, axis, arguments, out, named)
 
 
 def quantize_dynamic(
@@ -162,7 +162,7 @@ def quantize_dynamic(
         qmax,
         RULES[rule],
         STORAGE[scale_dtype],
-        **_codec(format, levels, x),
+        **codec(format, levels, x),
     )
     return from_blocks(codes, axis), *parameters(scale, offset, rule, scale_dtype, scale_shape)
 
@@ -198,7 +198,7 @@ def choose_range(
         qmax,
         RULES[rule],
         STORAGE[scale_dtype],
-        **_codec(format, levels, x),
+        **codec(format, levels, x),
     )
     return parameters(scale, offset, rule, scale_dtype, scale_shape)
 
@@ -216,7 +216,7 @@ def range_from_min_max(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of known ranges, in the shape of lo and hi; see `choose_range`."""
     grid = (qmin, qmax, RULES[rule], STORAGE[scale_dtype])
-    scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), *grid, **_codec(format, levels, lo))
+    scale, offset = _ops.range_from_min_max.default(flat(lo), flat(hi), *grid, **codec(format, levels, lo))
     return parameters(scale, offset, rule, scale_dtype, lo.shape)
 
 

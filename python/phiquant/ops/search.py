@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .affine import RULES, STORAGE, parameters
+from .affine import RULES, STORAGE, Levels, codec, parameters
 from .blocks import block_length, channel_axis, to_blocks
 
 _search_range = torch.ops.phiquant.search_range.default
@@ -22,6 +22,7 @@ def search_range(
     rule: str,
     scale_dtype: torch.dtype = torch.float32,
     format: str = "integer",
+    levels: Levels | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale, zero_point, minimum) of least squared error for each block of x, as `choose_range` returns them.
@@ -29,16 +30,26 @@ def search_range(
     exact False: the best of 20 ranges (36 for "signed_absmax"), never worse than min-max. True: the
     optimum over all scales, rounded to `scale_dtype`; never worse than the first. For rule "minimum", for
     zero points of more than 4 bits and for blocks of more than 2^22 breakpoints it is not the optimum but a
-    refinement of the grid's range. A block that holds a value that is not finite gets a NaN scale.
+    refinement of the grid's range. Floats and tables of up to 16 levels have the rule "absmax" and no exact
+    search. A block that holds a value that is not finite gets a NaN scale.
 
     The search adds errors in a fixed order, once per weight: tensors of other devices are searched on the CPU.
     """
-    if format != "integer" or rule not in ("absmax", "signed_absmax", "zero_point", "minimum"):
-        raise ValueError(f"the range of least squared error is searched for integers, not for {format} by {rule}")
+    if rule not in ("absmax", "signed_absmax", "zero_point", "minimum"):
+        raise ValueError(f"there is no range to search for the rule {rule}: its scale is a mean of |x|")
+    if exact and format != "integer":
+        raise ValueError(f"the exact search is for integers, not for {format}; use exact=False")
     axis = channel_axis(x.shape, scale_shape)
     block = block_length(x.shape, scale_shape)
     scale, offset = _search_range(
-        to_blocks(x.detach().cpu(), axis), block, qmin, qmax, RULES[rule], STORAGE[scale_dtype], exact
+        to_blocks(x.detach().cpu(), axis),
+        block,
+        qmin,
+        qmax,
+        RULES[rule],
+        STORAGE[scale_dtype],
+        exact,
+        **codec(format, levels, torch.empty(0)),
     )
     return parameters(scale.to(x.device), offset.to(x.device), rule, scale_dtype, scale_shape)
 

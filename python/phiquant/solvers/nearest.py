@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..fake_quant import encode, encode_dynamic, encode_two_level
 from ..observers import range_arguments
-from ..spec import QuantSpec
+from ..spec import Binary, FixedPoint, QuantSpec, Ternary
 from ..tensor import QuantizedTensor
 
 
@@ -21,6 +21,8 @@ def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
 
 def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     """As `rtn`, on the best of some shrunken ranges in the block's squared error; never worse in that error.
+
+    For floats and NF4 as for integers. Ternary gets its scale of least squared error.
 
     Where scales are stored in two levels, the range is the best one before its scale is rounded to its code.
     """
@@ -38,7 +40,10 @@ def mse_exact(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
 def _searched(w: Tensor, spec: QuantSpec, exact: bool) -> QuantizedTensor:
     if spec.two_level is not None:
         return encode_two_level(w, spec, mse=True)
-    scale, zero_point, minimum = ops.search_range(
-        w, spec.scale_shape(tuple(w.shape)), **range_arguments(spec), exact=exact
-    )
+    if isinstance(spec.element, Binary | FixedPoint):
+        return encode_dynamic(w, spec)  # mean|w| is the scale of least squared error; a fixed step leaves no choice
+    arguments = range_arguments(spec)
+    if isinstance(spec.element, Ternary):  # the integers -1..1, whatever the rule of the scale would be
+        arguments["rule"], exact = "absmax", True
+    scale, zero_point, minimum = ops.search_range(w, spec.scale_shape(tuple(w.shape)), **arguments, exact=exact)
     return encode(w, spec, scale, zero_point, minimum)
