@@ -13,6 +13,7 @@ namespace {
 struct Store {
   static float round_f16(float v) { return to_float(from_float<f16>(v)); }
   static float round_bf16(float v) { return to_float(from_float<bf16>(v)); }
+  static float power_of_two(float v) { return std::bit_cast<float>(std::bit_cast<uint32_t>(v) & 0x7f800000u); }
 };
 
 // qmin where v is NaN, as the vector instructions have it.

@@ -16,8 +16,11 @@
 namespace phiquant {
 namespace {
 
-// Rounding of one float to 16 bits, by F16C and SSE, which every vector level has.
+// Rounding of one float to 16 bits or a power of two, by F16C and SSE, which every vector level has.
 struct Store {
+  static float power_of_two(float v) {
+    return _mm_cvtss_f32(_mm_and_ps(_mm_set_ss(v), _mm_castsi128_ps(_mm_set1_epi32(0x7f800000))));
+  }
   static float round_f16(float v) { return _cvtsh_ss(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT)); }
   static float round_bf16(float v) {
     const __m128i u = _mm_castps_si128(_mm_set_ss(v));

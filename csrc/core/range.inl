@@ -1,8 +1,9 @@
 // From the range of a block to its stored parameters: the one rule, compiled into every CPU level.
 //
 // Written over lanes V: one float (Lane below), or a vector of them, a block in each lane. V gives F, Mask
-// and set1, add, sub, mul, div, max, min, abs, round, less, less_equal, select, round_f16, round_bf16; max
-// and min give the second operand where one is NaN, as the CPU's do.
+// and set1, add, sub, mul, div, max, min, abs, round, less, less_equal, select, round_f16, round_bf16,
+// power_of_two (the largest that is not above a value of at least FLT_MIN; 0 of smaller ones); max and min give the
+// second operand where one is NaN, as the CPU's do.
 //
 // In an anonymous namespace on purpose: each level compiles its own copy with its own flags, and the
 // linker cannot put one level's copy in another's place.
@@ -17,7 +18,7 @@
 namespace phiquant {
 namespace {
 
-// One block at a time. Store rounds a float to fp16 or bf16.
+// One block at a time. Store rounds a float to fp16, bf16 or a power of two.
 template <class Store>
 struct Lane {
   using F = float;
@@ -34,6 +35,7 @@ struct Lane {
   static Mask less(F a, F b) { return a < b; }
   static Mask less_equal(F a, F b) { return a <= b; }
   static F select(Mask m, F a, F b) { return m ? a : b; }
+  static F power_of_two(F a) { return Store::power_of_two(a); }
   static F round_f16(F a) { return Store::round_f16(a); }
   static F round_bf16(F a) { return Store::round_bf16(a); }
 };
@@ -58,14 +60,24 @@ struct Range {
   // Into [lo, hi]; lo where v is NaN.
   static F clamp(F v, float lo, float hi) { return V::min(V::max(v, V::set1(lo)), V::set1(hi)); }
 
+  // Rounded to e4m3, to even: to a multiple of the step between its neighbours, a power of two.
+  static F round_e4m3(F v) {
+    const F step = V::mul(V::max(V::power_of_two(V::abs(v)), V::set1(0x1p-6f)), V::set1(0x1p-3f));
+    return V::mul(V::round(V::div(v, step)), step);
+  }
+
   // The value as it will stand in the file: rounded to its type, kept finite; an fp32 or bf16
   // subnormal becomes zero, and zero is +0 (else its sign would depend on the order of a reduction).
-  static F stored(F v, Dtype type) {
-    const float largest = type == Dtype::f16 ? 65504.0f : type == Dtype::bf16 ? 0x1.fep127f : FLT_MAX;
-    const float smallest = type == Dtype::f16 ? 0x1p-24f : FLT_MIN;
+  static F stored(F v, Storage type) {
+    constexpr float kLargest[] = {FLT_MAX, 0x1.fep127f, 65504.0f, 0x1p127f, 448.0f};
+    constexpr float kSmallest[] = {FLT_MIN, FLT_MIN, 0x1p-24f, 0x1p-127f, 0x1p-9f};
+    const float largest = kLargest[static_cast<int>(type)];
+    const float smallest = kSmallest[static_cast<int>(type)];
+    if (type == Storage::e8m0) return V::max(V::power_of_two(clamp(v, smallest, largest)), V::set1(smallest));
     v = clamp(v, -largest, largest);
-    if (type == Dtype::f16) v = V::round_f16(v);
-    if (type == Dtype::bf16) v = V::round_bf16(v);
+    if (type == Storage::f16) v = V::round_f16(v);
+    if (type == Storage::bf16) v = V::round_bf16(v);
+    if (type == Storage::e4m3) v = round_e4m3(v);
     return V::select(V::less(V::abs(v), V::set1(smallest)), V::set1(0.0f), v);
   }
 
@@ -79,7 +91,9 @@ struct Range {
     Found<V> found{zero, zero};
     switch (spec.rule) {
       case Rule::absmax:
-        found.scale = stored(V::div(V::max(depth, hi), V::set1(grid.qmax)), spec.storage);
+        found.scale = V::set1(grid.qmax);
+        if (spec.storage == Storage::e8m0) found.scale = V::power_of_two(found.scale);
+        found.scale = stored(V::div(V::max(depth, hi), found.scale), spec.storage);
         break;
       case Rule::signed_absmax: {  // of two values of the same magnitude the negative one is the anchor
         const F extreme = V::select(V::less_equal(hi, depth), lo, hi);

@@ -284,6 +284,8 @@ struct Search {
       }
       if (i > 0) take_if_better(block, shrunk(lo, hi, ratio, side, spec), ratio, side, best);
     }
+    const F two = V::set1(2.0f);  // the power of two above clips nothing
+    if (spec.storage == Storage::e8m0) take_if_better(block, shrunk(lo, hi, two, side, spec), two, side, best);
     finer(block, lo, hi, 2, 0.01f, best);
     return best;
   }
@@ -291,13 +293,15 @@ struct Search {
   // The swept scale as stored, and its neighbours of that type.
   template <class Block>
   static void take_swept(const Block& block, F scale, F offset, Best& best) {
-    const Dtype type = block.spec.storage;
-    const float step = type == Dtype::f16 ? 0.75f * 0x1p-10f : 0.75f * 0x1p-7f;  // rounds to one unit in the last place
+    const Storage type = block.spec.storage;
+    constexpr float kSteps[] = {0.0f, 0x1p-7f, 0x1p-10f, 0.0f, 0x1p-3f};  // from 1 to its neighbour
+    const float step = 0.75f * kSteps[static_cast<int>(type)];            // rounds to one unit in the last place
+    const bool powers = type == Storage::e8m0;
     const F middle = Range<V>::stored(scale, type);
-    for (const float factor : {1.0f, 1.0f - step, 1.0f + step}) {
+    for (const float factor : {1.0f, powers ? 0.5f : 1.0f - step, powers ? 2.0f : 1.0f + step}) {
       const F near = Range<V>::stored(V::mul(middle, V::set1(factor)), type);
       take_if_better(block, {near, offset}, best.ratio, best.side, best);
-      if (type == Dtype::f32) return;
+      if (type == Storage::f32) return;
     }
   }
 

@@ -16,6 +16,10 @@ struct f16 {
 };
 enum class Dtype { f32, bf16, f16 };
 
+// How a scale is stored. e8m0: a power of two 2^-127 .. 2^127, of which MX formats take the largest that is
+// not above the ideal scale; e4m3: a float8 of at most 448. These two hold scales alone, no minimum.
+enum class Storage { f32, bf16, f16, e8m0, e4m3 };
+
 // What the second parameter of a block means.
 enum class Offset {
   zero_point,  // y = s * (q - z), z an integer; also used without offsets, z = 0
@@ -58,7 +62,7 @@ struct Grid {
 
 // How a range [lo, hi] becomes scale and offset.
 enum class Rule {
-  absmax,         // s = max|x| / qmax
+  absmax,         // s = max|x| / qmax; where s is stored as e8m0, qmax is its own largest power of two
   signed_absmax,  // s = x* / qmin, x* = the value of largest magnitude, with its sign
   zero_point,     // s = (hi - lo) / (qmax - qmin), the range widened to hold 0; z = rne(qmin - lo / s)
   minimum,        // m = lo, s = (hi - m) / (qmax - qmin)
@@ -77,7 +81,7 @@ struct Params {
 struct RangeSpec {
   Grid grid;
   Rule rule;
-  Dtype storage;  // type in which scale and minimum are stored: the stored value is the grid
+  Storage storage;  // type in which scale and minimum are stored: the stored value is the grid
 };
 
 }  // namespace phiquant

@@ -30,6 +30,7 @@ struct Avx2 {
   static Mask less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
   static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
   static F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+  static F power_of_two(F v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
   static F round_f16(F v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   static F round_bf16(F v) {
     bf16 bits[width];

@@ -31,6 +31,7 @@ struct Avx512 {
   static Mask less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static bool any_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
   static F select(Mask m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
+  static F power_of_two(F v) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000))); }
   static F round_f16(F v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
   static F round_bf16(F v) {
     bf16 bits[width];

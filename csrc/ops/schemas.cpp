@@ -5,7 +5,8 @@
 // where `minimum` is true. rule: 0 absmax, 1 signed_absmax, 2 zero_point, 3 minimum, 4 absmean, 5 twn.
 // format: 0 integers qmin..qmax, 1 e4m3fn, 2 e5m2, 3 e2m1, 4 e1m2, 5 e3m0, 6 a table of `levels`, float32
 // [1 or blocks, size] (core/types.h). Codes are int8 if qmin < 0, else uint8.
-// storage: 0 float32, 1 bfloat16, 2 float16. The `_out` forms write into `out` and return nothing.
+// storage: 0 float32, 1 bfloat16, 2 float16, 3 e8m0, 4 e4m3 (the last two: of scales alone). The `_out`
+// forms write into `out` and return nothing.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(phiquant, m) {

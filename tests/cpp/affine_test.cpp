@@ -49,7 +49,7 @@ class AffineLevels : public ::testing::TestWithParam<std::tuple<Level, Dtype, Ru
     return affine_kernels();
   }
   std::vector<char> bytes() const { return std::vector<char>(x.size(), 1); }
-  RangeSpec spec(int bits, Dtype storage) const { return {grid_of(rule, bits), rule, storage}; }
+  RangeSpec spec(int bits, Storage storage) const { return {grid_of(rule, bits), rule, storage}; }
 
   Level level;
   Dtype dtype;
@@ -69,7 +69,7 @@ TEST_P(AffineLevels, MinMaxEqualsReference) {
 }
 
 TEST_P(AffineLevels, RangesEqualReference) {
-  for (const Dtype storage : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+  for (const Storage storage : {Storage::f32, Storage::bf16, Storage::f16, Storage::e8m0, Storage::e4m3}) {
     for (const int bits : {2, 3, 4, 8}) {
       std::vector<float> a(2 * kBlocks), b(2 * kBlocks);
       fast().choose_range(x.data(), layout, spec(bits, storage), a.data(), a.data() + kBlocks);
@@ -81,7 +81,7 @@ TEST_P(AffineLevels, RangesEqualReference) {
 
 TEST_P(AffineLevels, MapsEqualReference) {
   for (const int bits : {2, 3, 4, 5, 6, 7, 8}) {
-    const RangeSpec s = spec(bits, Dtype::f16);
+    const RangeSpec s = spec(bits, Storage::f16);
     std::vector<float> scale(kBlocks), offset(kBlocks);
     affine_ref.choose_range(x.data(), layout, s, scale.data(), offset.data());
     scale[1] = 0.0f;    // a block of zeros
@@ -214,14 +214,14 @@ TEST(Affine, MaskIsTakenBeforeTheClampAndSelects) {
 }
 
 TEST(Affine, SignedAbsmaxHoldsTheExtremeExactly) {
-  const RangeSpec q4_0{{-8, 7, Offset::zero_point}, Rule::signed_absmax, Dtype::f16};
+  const RangeSpec q4_0{{-8, 7, Offset::zero_point}, Rule::signed_absmax, Storage::f16};
   EXPECT_EQ(choose({1.0f, 4.0f, -2.0f}, q4_0).scale, -0.5f);
   EXPECT_EQ(choose({1.0f, 2.0f, -4.0f}, q4_0).scale, 0.5f);
   EXPECT_EQ(choose({4.0f, 2.0f, -4.0f}, q4_0).scale, 0.5f) << "of two equal magnitudes the negative is the anchor";
 }
 
 TEST(Affine, ZeroPointRangeHoldsZero) {
-  const RangeSpec uint4{{0, 15, Offset::zero_point}, Rule::zero_point, Dtype::f32};
+  const RangeSpec uint4{{0, 15, Offset::zero_point}, Rule::zero_point, Storage::f32};
   const Params p = choose({3.0f, 15.0f, 7.0f}, uint4);
   EXPECT_EQ(p.scale, 1.0f);
   EXPECT_EQ(p.offset, 0.0f);
@@ -236,7 +236,7 @@ TEST(Affine, ValuesThatAreNotFiniteAreSeen) {
     EXPECT_FALSE(affine_ref.all_finite(x.data(), {Dtype::f32, 2, 32}));
     std::vector<int8_t> codes(64);
     std::vector<float> scale(2), offset(2);
-    const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Dtype::f32};
+    const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Storage::f32};
     affine_ref.quantize_dynamic(x.data(), {Dtype::f32, 2, 32}, spec, codes.data(), scale.data(), offset.data());
     EXPECT_GT(scale[0], 0.0f);
     EXPECT_TRUE(std::isnan(scale[1]));
@@ -244,14 +244,14 @@ TEST(Affine, ValuesThatAreNotFiniteAreSeen) {
 }
 
 TEST(Affine, StoredScaleIsTheGrid) {
-  const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Dtype::f16};
+  const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Storage::f16};
   const float scale = choose({0.1f, -0.05f}, spec).scale;
   EXPECT_EQ(scale, to_float(from_float<f16>(0.1f / 7.0f)));
   EXPECT_NE(scale, 0.1f / 7.0f);
 }
 
 TEST(Affine, RangesOfNothingOfNanAndOfTheHuge) {
-  const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Dtype::f16};
+  const RangeSpec spec{{-8, 7, Offset::zero_point}, Rule::absmax, Storage::f16};
   EXPECT_EQ(choose({}, spec).scale, 0.0f);
   EXPECT_EQ(choose({std::nanf(""), std::nanf("")}, spec).scale, 0.0f);
   EXPECT_EQ(choose({0.0f, -0.0f}, spec).scale, 0.0f);

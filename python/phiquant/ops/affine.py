@@ -26,7 +26,7 @@ RULES = {
 }
 FORMATS = ("integer", "e4m3fn", "e5m2", "e2m1", "e1m2", "e3m0", "table")
 Levels = Tensor | Sequence[float]
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORAGE = {dtype: code for code, dtype in enumerate(composition.STORAGE)}
 
 
 def codec(format: str, levels: Levels | None, x: Tensor) -> dict[str, Any]:
@@ -306,10 +306,11 @@ _masked = _backward(_ops.fake_quantize_dynamic_backward.default)
 def _dynamic_backward(ctx: Any, grad: Tensor) -> tuple:
     """No value lies outside a range that its block's own absmax sets: the gradient passes whole.
 
-    Float16 scales are left out: near their underflow they are rounded so coarsely that a value can.
+    That is so for scales of many bits. Float16 near its underflow, e4m3 and e8m0 round so coarsely that a
+    value can.
     """
     _, _, _, rule, storage, *_ = ctx.arguments
-    if rule == RULES["absmax"] and storage != STORAGE[torch.float16]:
+    if rule == RULES["absmax"] and storage in (STORAGE[torch.float32], STORAGE[torch.bfloat16]):
         return grad, *(None for _ in ctx.arguments)
     return _masked(ctx, grad)
 

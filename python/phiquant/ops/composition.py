@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 _TINY = torch.finfo(torch.float32).tiny
 ABSMAX, SIGNED_ABSMAX, ZERO_POINT, MINIMUM, ABSMEAN, TWN = range(6)
 INTEGER, TABLE = 0, 6
@@ -239,11 +239,18 @@ def min_max(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
+def _power_of_two(v: Tensor) -> Tensor:
+    """The largest power of two that is not above v; 0 below the smallest normal float32."""
+    return (v.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
 def _stored(v: Tensor, storage: int) -> Tensor:
-    dtype = _STORAGE[storage]
-    info = torch.finfo(dtype)
-    v = _clamp(v, -info.max, info.max).to(dtype).float()
-    smallest = 2.0**-24 if dtype == torch.float16 else _TINY
+    dtype = STORAGE[storage]
+    if dtype == torch.float8_e8m0fnu:
+        return _power_of_two(_clamp(v, 2.0**-127, 2.0**127)).clamp(min=2.0**-127)
+    largest = torch.finfo(dtype).max
+    v = _clamp(v, -largest, largest).to(dtype).float()
+    smallest = {torch.float16: 2.0**-24, torch.float8_e4m3fn: 2.0**-9}.get(dtype, _TINY)
     return torch.where(v.abs() < smallest, 0.0, v)
 
 
@@ -301,7 +308,10 @@ def range_from_min_max(
     known = lo <= hi
     offset = torch.zeros_like(lo)
     if rule == ABSMAX:
-        scale = _stored(torch.where(-lo > hi, -lo, hi) / _largest(qmax, format, levels), storage)
+        largest = _largest(qmax, format, levels)
+        if STORAGE[storage] == torch.float8_e8m0fnu:
+            largest = _power_of_two(torch.as_tensor(largest, dtype=torch.float32, device=lo.device))
+        scale = _stored(torch.where(-lo > hi, -lo, hi) / largest, storage)
     elif rule == SIGNED_ABSMAX:
         scale = _stored(torch.where(-lo >= hi, lo, hi) / qmin, storage)
     elif rule in (ABSMEAN, TWN):
