@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .affine import Levels, _codec
+from .affine import Levels, codec
 
 _ops = torch.ops.phiquant
 GPTQ_COLUMNS = 128  # most columns in one run
@@ -37,8 +37,8 @@ def gptq_run(
     if qmin < 0, else uint8; the rows `column` are written. format, levels: as of ops.quantize, but a table is the
     same for all. CPU only.
     """
-    codec = _codec(format, levels, target)
-    _ops.gptq_run.default(target, weight, feedback, column, scale, offset, minimum, qmin, qmax, codes, **codec)
+    named = codec(format, levels, target)
+    _ops.gptq_run.default(target, weight, feedback, column, scale, offset, minimum, qmin, qmax, codes, **named)
 
 
 @torch.library.register_fake("phiquant::gptq_run")
