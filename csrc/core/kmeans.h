@@ -11,8 +11,8 @@
 
 #include <cstdint>
 #include <functional>
-#include <vector>
 
+#include "core/large_pages.h"
 #include "core/types.h"
 
 namespace phiquant {
@@ -20,10 +20,15 @@ namespace phiquant {
 // Runs task(0) .. task(count - 1), in any order, perhaps at once.
 using Parallel = std::function<void(int64_t count, const std::function<void(int64_t)>& task)>;
 
+// In turn.
+inline void serial(int64_t count, const std::function<void(int64_t)>& task) {
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
 // Sorted distinct values and the weight of each (without weights: how often it occurs).
 struct Points {
-  std::vector<float> value;
-  std::vector<double> weight;
+  LargeVector<float> value;
+  LargeVector<double> weight;
 
   int64_t size() const { return static_cast<int64_t>(value.size()); }
 };
@@ -37,14 +42,17 @@ Points distinct(const void* x, Dtype dtype, const float* weights, int64_t n, boo
 // value less `center`, the middle point. The sums run outward from the middle, so that one far value
 // cannot drown the others: places between it and the middle never hold it.
 struct Prefix {
-  explicit Prefix(const Points& points);
+  Prefix(const Points& points, const Parallel& parallel);
 
   // Squared error of the points from place i up to place j about their mean.
   double cost(int64_t i, int64_t j) const;
   int64_t size() const { return static_cast<int64_t>(w.size()) - 1; }
+  // Of all points.
+  double weight() const { return w.back() - w.front(); }
+  double squares() const { return s2.back() - s2.front(); }
 
   double center;
-  std::vector<double> w, s1, s2;
+  LargeVector<double> w, s1, s2;
 };
 
 // Where Lloyd's algorithm starts.

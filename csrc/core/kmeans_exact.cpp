@@ -26,7 +26,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Each refinement divides the step by this.
 constexpr int64_t kRefine = 8;
 
-// Cells lo..hi, both included, in which a cut may lie.
+// Places, or cells, lo..hi, both included, in which a cut may lie.
 struct Window {
   int64_t lo;
   int64_t hi;
@@ -35,62 +35,73 @@ struct Window {
 
 // Sums before one place of each cell.
 struct Edge {
-  std::vector<double> w, s1, s2;
+  LargeVector<double> w, s1, s2;
 
-  void resize(int64_t n) { w.resize(n), s1.resize(n), s2.resize(n); }
+  void reserve(int64_t n) { w.reserve(n), s1.reserve(n), s2.reserve(n); }
+  void push(const Prefix& p, int64_t place) {
+    w.push_back(p.w[place]);
+    s1.push_back(p.s1[place]);
+    s2.push_back(p.s2[place]);
+  }
 };
 
-// The cells of one step. Place p is in cell p / step.
-struct Cells {
-  Cells(const Prefix& prefix, int64_t step) {
-    const int64_t count = prefix.size() / step + 1;
-    first.resize(count);
-    last.resize(count);
-    for (int64_t cell = 0; cell < count; ++cell) {
-      copy(prefix, cell * step, first, cell);
-      copy(prefix, std::min(cell * step + step - 1, prefix.size()), last, cell);
+// The cells of one step in which a cut may lie, in order, and the window of each cut in them. The windows
+// of the cuts neither begin nor end before those of earlier cuts.
+class Cells {
+ public:
+  Cells(const Prefix& prefix, int64_t step, const std::vector<Window>& places) : step_(step) {
+    int64_t most = 0;
+    for (const Window& w : places) most += w.hi / step - w.lo / step + 1;
+    most = std::min(most, prefix.size() / step + 1);
+    begin.reserve(most);
+    first.reserve(most);
+    if (step > 1) last_.reserve(most);
+    for (const Window& w : places) {
+      const int64_t lo = w.lo / step;
+      const int64_t hi = w.hi / step;
+      for (int64_t cell = begin.empty() ? lo : std::max(lo, begin.back() / step + 1); cell <= hi; ++cell) {
+        begin.push_back(cell * step);
+        first.push(prefix, cell * step);
+        if (step > 1) last_.push(prefix, std::min(cell * step + step - 1, prefix.size()));
+      }
+      const auto at = std::lower_bound(begin.begin(), begin.end(), lo * step) - begin.begin();
+      windows.push_back({at, at + hi - lo});
     }
   }
 
-  int64_t count() const { return static_cast<int64_t>(first.w.size()); }
+  int64_t count() const { return static_cast<int64_t>(begin.size()); }
+  const Edge& last() const { return step_ > 1 ? last_ : first; }
 
-  // The same cells seen from the other end.
-  Cells reversed() const {
-    Cells r = *this;
-    auto turn = [](Edge& e) {
-      for (auto* v : {&e.w, &e.s1, &e.s2}) {
-        std::reverse(v->begin(), v->end());
-        for (double& x : *v) x = -x;
-      }
-    };
-    std::swap(r.first, r.last);
-    turn(r.first);
-    turn(r.last);
-    return r;
-  }
-
+  LargeVector<int64_t> begin;  // the first place of each
   Edge first;
-  Edge last;
+  std::vector<Window> windows;
 
  private:
-  static void copy(const Prefix& p, int64_t place, Edge& e, int64_t cell) {
-    e.w[cell] = p.w[place];
-    e.s1[cell] = p.s1[place];
-    e.s2[cell] = p.s2[place];
-  }
+  int64_t step_;
+  Edge last_;
 };
 
-// bound[b - window.lo]: least error of the points before cell b with this cut in b; from: the cell of the cut before.
+// From which end cells and cuts are counted. From the back, cell 0 is the last one.
+enum class End { front, back };
+
+// bound[b - window.lo]: least error of the points between this end and cell b with this cut in b; from: the cell
+// of the cut before.
 struct Layer {
   Window window;
-  std::vector<double> bound;
-  std::vector<int32_t> from;
+  LargeVector<double> bound;
+  LargeVector<int32_t> from;
 };
 
 // Finds one layer from the one before.
+template <End end>
 class Step {
  public:
-  Step(const Cells& cells, const Layer& before, Layer& layer) : cells_(cells), before_(before), layer_(layer) {
+  Step(const Cells& cells, const Layer& before, Layer& layer)
+      : near_(end == End::front ? cells.first : cells.last()),
+        far_(end == End::front ? cells.last() : cells.first),
+        count_(cells.count()),
+        before_(before),
+        layer_(layer) {
     layer.bound.resize(static_cast<size_t>(layer.window.size()));
     layer.from.resize(layer.bound.size());
   }
@@ -109,16 +120,20 @@ class Step {
     }
   }
 
+  int64_t place(int64_t cell) const { return end == End::front ? cell : count_ - 1 - cell; }
+
   int64_t find(int64_t b, Window range) {
-    const double w = cells_.first.w[b];
-    const double s1 = cells_.first.s1[b];
-    const double s2 = cells_.first.s2[b];
+    const double sign = end == End::front ? 1.0 : -1.0;
+    const double w = near_.w[place(b)];
+    const double s1 = near_.s1[place(b)];
+    const double s2 = near_.s2[place(b)];
     const double* before = before_.bound.data() - before_.window.lo;
     double least = kInfinity;
     int64_t best = range.lo;
     for (int64_t a = range.lo; a <= std::min(range.hi, b - 1); ++a) {
-      const double s = s1 - cells_.last.s1[a];
-      const double cost = s2 - cells_.last.s2[a] - s * s / (w - cells_.last.w[a]);
+      const int64_t p = place(a);
+      const double s = s1 - far_.s1[p];
+      const double cost = sign * (s2 - far_.s2[p] - s * s / (w - far_.w[p]));
       // Not below 0, nor NaN: where weights differ by more than fp64 holds, the rest of a difference is noise.
       const double bound = before[a] + (cost > 0.0 ? cost : 0.0);
       if (bound < least) {
@@ -135,37 +150,38 @@ class Step {
     return best;
   }
 
-  const Cells& cells_;
+  const Edge& near_;  // where the points between cells a and b end
+  const Edge& far_;   // where they begin
+  int64_t count_;
   const Layer& before_;
   Layer& layer_;
 };
 
-// All layers 0..k; cut c lies in windows[c].
-std::vector<Layer> all_layers(const Cells& cells, const std::vector<Window>& windows) {
-  std::vector<Layer> layers(windows.size());
-  layers[0] = {windows[0], {0.0}, {0}};
-  for (size_t c = 1; c < windows.size(); ++c) {
-    layers[c].window = windows[c];
-    Step(cells, layers[c - 1], layers[c]).run();
+// Layers 0..count from one end.
+template <End end>
+std::vector<Layer> layers_of(const Cells& cells, int64_t count) {
+  auto window = [&](int64_t c) -> Window {
+    if (end == End::front) return cells.windows[c];
+    const Window w = cells.windows[cells.windows.size() - 1 - c];
+    return {cells.count() - 1 - w.hi, cells.count() - 1 - w.lo};
+  };
+  std::vector<Layer> layers(static_cast<size_t>(count + 1));
+  layers[0] = {window(0), {0.0}, {0}};
+  for (int64_t c = 1; c <= count; ++c) {
+    layers[c].window = window(c);
+    Step<end>(cells, layers[c - 1], layers[c]).run();
   }
   return layers;
 }
 
-// The cells of the cuts on the best path to the last layer.
-std::vector<int64_t> best_path(const std::vector<Layer>& layers) {
+// The cells of the cuts on the best path to `cell` of the last layer.
+std::vector<int64_t> path_to(const std::vector<Layer>& layers, int64_t cell) {
   std::vector<int64_t> path(layers.size());
-  int64_t cell = layers.back().window.hi;
   for (size_t c = layers.size(); c-- > 0;) {
     path[c] = cell;
     cell = layers[c].from[cell - layers[c].window.lo];
   }
   return path;
-}
-
-std::vector<Window> reversed(std::vector<Window> windows, int64_t last) {
-  std::reverse(windows.begin(), windows.end());
-  for (Window& w : windows) w = {last - w.hi, last - w.lo};
-  return windows;
 }
 
 class Search {
@@ -180,46 +196,65 @@ class Search {
   // The cuts of the optimum.
   std::vector<int64_t> run() {
     int64_t step = 1;
-    while (prefix_.size() / step > std::max<int64_t>(2048, 16 * k_)) step *= kRefine;
+    while (prefix_.size() / step > std::max<int64_t>(512, 16 * k_)) step *= kRefine;
     for (; step > 1; step /= kRefine) narrow(step);
-    return best_path(all_layers(Cells(prefix_, 1), places_));
+    return finish();
   }
 
  private:
-  void narrow(int64_t step) {
-    const Cells forward_cells(prefix_, step);
-    const Cells backward_cells = forward_cells.reversed();
-    const int64_t last = forward_cells.count() - 1;
-    std::vector<Window> windows = places_;
-    for (Window& w : windows) w = {w.lo / step, w.hi / step};
-    std::vector<Layer> forward, backward;
+  // Both ends at once: layers 0..front_count from the front, 0..back_count from the back.
+  void solve(const Cells& cells, int64_t front_count, int64_t back_count) {
     parallel_(2, [&](int64_t task) {
       if (task == 0) {
-        forward = all_layers(forward_cells, windows);
+        front_ = layers_of<End::front>(cells, front_count);
       } else {
-        backward = all_layers(backward_cells, reversed(windows, last));
+        back_ = layers_of<End::back>(cells, back_count);
       }
     });
-    std::vector<int64_t> cuts = best_path(forward);
-    for (int64_t& cut : cuts) cut *= step;
+  }
+
+  // Least error of the solutions whose cut c lies in `cell`, or a bound of it.
+  double bound(int64_t c, int64_t cell, int64_t count) const {
+    const Layer& f = front_[c];
+    const Layer& b = back_[k_ - c];
+    return f.bound[cell - f.window.lo] + b.bound[count - 1 - cell - b.window.lo];
+  }
+
+  // Drops the cells at the ends of the windows in which no cut of the optimum lies.
+  void narrow(int64_t step) {
+    const Cells cells(prefix_, step, places_);
+    solve(cells, k_, k_);
+    std::vector<int64_t> cuts = path_to(front_, cells.windows[k_].hi);
+    for (int64_t& cut : cuts) cut = cells.begin[cut];
     cuts.back() = prefix_.size();
     std::vector<double> levels = means(points_, prefix_, cuts);
     known_ = std::min(known_, lloyd(points_, prefix_, levels, 100));
-    // Room for the rounding of sums that both bounds and the known error contain.
-    const double limit = known_ * (1 + 1e-9) + 1e-13 * (prefix_.s2.back() - prefix_.s2.front());
+    // Room for the rounding of sums that both the bounds and the known error contain.
+    const double limit = known_ * (1 + 1e-9) + 1e-13 * prefix_.squares();
     for (int64_t c = 1; c < k_; ++c) {
-      const Layer& f = forward[c];
-      const Layer& b = backward[k_ - c];
-      auto possible = [&](int64_t cell) {
-        return f.bound[cell - f.window.lo] + b.bound[last - cell - b.window.lo] <= limit;
-      };
-      Window w = f.window;
-      while (w.lo < w.hi && !possible(w.lo)) ++w.lo;
-      while (w.hi > w.lo && !possible(w.hi)) --w.hi;
-      places_[c] = {std::max({places_[c].lo, w.lo * step, places_[c - 1].lo}),
-                    std::min(places_[c].hi, w.hi * step + step - 1)};
+      Window w = cells.windows[c];
+      while (w.lo < w.hi && bound(c, w.lo, cells.count()) > limit) ++w.lo;
+      while (w.hi > w.lo && bound(c, w.hi, cells.count()) > limit) --w.hi;
+      places_[c].lo = std::max({places_[c].lo, cells.begin[w.lo], places_[c - 1].lo});
+      places_[c].hi = std::min(places_[c].hi, cells.begin[w.hi] + step - 1);
     }
     for (int64_t c = k_ - 1; c > 0; --c) places_[c].hi = std::min(places_[c].hi, places_[c + 1].hi);
+  }
+
+  // With step 1 bounds are errors: the halves of the cuts from both ends, and the best place to join them.
+  std::vector<int64_t> finish() {
+    const Cells cells(prefix_, 1, places_);
+    const int64_t half = k_ / 2;
+    solve(cells, half, k_ - half);
+    int64_t join = cells.windows[half].lo;
+    for (int64_t cell = join; cell <= cells.windows[half].hi; ++cell) {
+      if (bound(half, cell, cells.count()) < bound(half, join, cells.count())) join = cell;
+    }
+    std::vector<int64_t> cuts = path_to(front_, join);
+    const std::vector<int64_t> rest = path_to(back_, cells.count() - 1 - join);
+    for (size_t c = rest.size() - 1; c-- > 0;) cuts.push_back(cells.count() - 1 - rest[c]);
+    for (int64_t& cut : cuts) cut = cells.begin[cut];
+    return cuts;
   }
 
   const Points& points_;
@@ -227,6 +262,8 @@ class Search {
   int64_t k_;
   const Parallel& parallel_;
   std::vector<Window> places_;  // of each cut
+  std::vector<Layer> front_;
+  std::vector<Layer> back_;
   double known_ = kInfinity;
 };
 
@@ -234,7 +271,7 @@ class Search {
 
 void kmeans_exact(const Points& points, int64_t k, float* levels, const Parallel& parallel) {
   if (points.size() <= k) return store_levels(points.value, k, levels);
-  const Prefix prefix(points);
+  const Prefix prefix(points, parallel);
   store_levels(means(points, prefix, Search(points, prefix, k, parallel).run()), k, levels);
 }
 

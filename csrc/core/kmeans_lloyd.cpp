@@ -37,8 +37,8 @@ int64_t find_share(int64_t lo, int64_t hi, double share, Sum sum) {
 // Each draw takes k steps and a binary search: the distances of a run's points sum up by prefix sums.
 std::vector<double> plus_plus(const Points& points, const Prefix& prefix, int64_t k, Random& random) {
   const int64_t n = points.size();
-  const int64_t first = find_share(0, n, random.uniform() * (prefix.w[n] - prefix.w[0]),
-                                   [&](int64_t j) { return prefix.w[j] - prefix.w[0]; });
+  const int64_t first =
+      find_share(0, n, random.uniform() * prefix.weight(), [&](int64_t j) { return prefix.w[j] - prefix.w[0]; });
   std::vector<double> levels = {points.value[first - 1]};
   std::vector<double> errors;
   while (static_cast<int64_t>(levels.size()) < k) {
@@ -97,7 +97,7 @@ std::vector<double> start_levels(const Points& points, const Prefix& prefix, int
       return levels;
     case Start::quantile:
       for (int64_t c = 0; c < k; ++c) {
-        const double share = (static_cast<double>(c) + 0.5) / static_cast<double>(k) * (prefix.w[n] - prefix.w[0]);
+        const double share = (static_cast<double>(c) + 0.5) / static_cast<double>(k) * prefix.weight();
         levels.push_back(
             points.value[find_share(0, n, share, [&](int64_t j) { return prefix.w[j] - prefix.w[0]; }) - 1]);
       }
@@ -149,7 +149,7 @@ double lloyd(const Points& points, const Prefix& prefix, std::vector<double>& le
 
 void kmeans_lloyd(const Points& points, int64_t k, LloydOptions options, float* levels) {
   if (points.size() <= k) return store_levels(points.value, k, levels);
-  const Prefix prefix(points);
+  const Prefix prefix(points, serial);
   std::vector<double> found = start_levels(points, prefix, k, options, levels);
   lloyd(points, prefix, found, options.iterations);
   store_levels(found, k, levels);
@@ -168,9 +168,6 @@ void kmeans_minibatch(const void* x, Dtype dtype, const float* weights, int64_t 
                                          : to_float(static_cast<const f16*>(x)[at]);
       if (weights) value_weights[i] = weights[at];
     }
-    const Parallel serial = [](int64_t count, const std::function<void(int64_t)>& task) {
-      for (int64_t i = 0; i < count; ++i) task(i);
-    };
     return distinct(values.data(), Dtype::f32, weights ? value_weights.data() : nullptr, batches.size, skip_zero,
                     serial);
   };
@@ -179,7 +176,7 @@ void kmeans_minibatch(const void* x, Dtype dtype, const float* weights, int64_t 
   std::vector<double> seen(static_cast<size_t>(k));
   std::vector<double> found(levels, levels + k);
   for (int64_t batch = 0; batch < batches.count; ++batch) {
-    const Prefix prefix(points);
+    const Prefix prefix(points, serial);
     const std::vector<int64_t> cuts = cuts_of(points, found);
     for (int64_t c = 0; c < k; ++c) {
       const double weight = prefix.w[cuts[c + 1]] - prefix.w[cuts[c]];

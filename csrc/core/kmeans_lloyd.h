@@ -21,8 +21,8 @@ double lloyd(const Points& points, const Prefix& prefix, std::vector<double>& le
 std::vector<int64_t> cuts_of(const Points& points, const std::vector<double>& levels);
 
 // Ascending levels as float32, the last one repeated up to k. No points at all: zeros.
-template <class T>
-void store_levels(const std::vector<T>& from, int64_t k, float* levels) {
+template <class Levels>
+void store_levels(const Levels& from, int64_t k, float* levels) {
   for (int64_t c = 0; c < k; ++c) {
     const auto i = std::min<size_t>(static_cast<size_t>(c), from.size() - 1);
     levels[c] = from.empty() ? 0.0f : static_cast<float>(from[i]);

@@ -43,14 +43,14 @@ inline double weight_of(uint64_t e) { return std::bit_cast<float>(static_cast<ui
 
 // By key, least significant digit first: three stable passes of 11 bits, those without a difference skipped.
 template <class E>
-void radix_sort(std::vector<E>& entries) {
+void radix_sort(LargeVector<E>& entries) {
   constexpr int kBits = 11;
   constexpr uint32_t kBins = 1u << kBits;
   std::vector<uint32_t> counts(3 * kBins);
   for (const E e : entries) {
     for (uint32_t pass = 0; pass < 3; ++pass) ++counts[pass * kBins + (key_of(e) >> (pass * kBits) & (kBins - 1))];
   }
-  std::vector<E> other(entries.size());
+  LargeVector<E> other(entries.size());
   for (uint32_t pass = 0; pass < 3; ++pass) {
     uint32_t* places = &counts[pass * kBins];
     const uint32_t first = key_of(entries[0]) >> (pass * kBits) & (kBins - 1);
@@ -64,7 +64,7 @@ void radix_sort(std::vector<E>& entries) {
 
 // Points of sorted entries.
 template <class E>
-Points merge(const std::vector<E>& entries, bool skip_zero) {
+Points merge(const LargeVector<E>& entries, bool skip_zero) {
   Points points;
   points.value.reserve(entries.size());
   points.weight.reserve(entries.size());
@@ -80,7 +80,7 @@ Points merge(const std::vector<E>& entries, bool skip_zero) {
 }
 
 template <class E>
-Points sort_and_merge(std::vector<E>& entries, bool skip_zero) {
+Points sort_and_merge(LargeVector<E>& entries, bool skip_zero) {
   if (entries.size() < 1024) {
     std::sort(entries.begin(), entries.end());
   } else {
@@ -94,12 +94,12 @@ Points by_sorting(const void* x, Dtype dtype, const float* weights, int64_t n, b
   with_type(dtype, [&](auto t) {
     using T = decltype(t);
     if (!weights) {
-      std::vector<uint32_t> entries(static_cast<size_t>(n));
+      LargeVector<uint32_t> entries(static_cast<size_t>(n));
       for (int64_t i = 0; i < n; ++i) entries[i] = to_key(to_float(read<T>(x, i)));
       points = sort_and_merge(entries, skip_zero);
       return;
     }
-    std::vector<uint64_t> entries;
+    LargeVector<uint64_t> entries;
     entries.reserve(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i) {
       if (weights[i] == 0.0f) continue;
@@ -167,11 +167,12 @@ Points distinct(const void* x, Dtype dtype, const float* weights, int64_t n, boo
   return points;
 }
 
-Prefix::Prefix(const Points& points)
-    : w(points.value.size() + 1), s1(points.value.size() + 1), s2(points.value.size() + 1) {
+Prefix::Prefix(const Points& points, const Parallel& parallel)
+    : center(0.0), w(points.value.size() + 1), s1(points.value.size() + 1), s2(points.value.size() + 1) {
   const int64_t n = points.size();
   const int64_t middle = n / 2;
-  center = n ? points.value[middle] : 0.0;
+  if (n > 0) center = points.value[middle];
+  w[middle] = s1[middle] = s2[middle] = 0.0;
   auto step = [&](int64_t from, int64_t to, int64_t point, double sign) {
     const double v = points.value[point] - center;
     const double h = sign * points.weight[point];
@@ -179,8 +180,13 @@ Prefix::Prefix(const Points& points)
     s1[to] = s1[from] + h * v;
     s2[to] = s2[from] + h * v * v;
   };
-  for (int64_t i = middle; i < n; ++i) step(i, i + 1, i, 1.0);
-  for (int64_t i = middle; i > 0; --i) step(i, i - 1, i - 1, -1.0);
+  parallel(2, [&](int64_t half) {
+    if (half == 0) {
+      for (int64_t i = middle; i > 0; --i) step(i, i - 1, i - 1, -1.0);
+    } else {
+      for (int64_t i = middle; i < n; ++i) step(i, i + 1, i, 1.0);
+    }
+  });
 }
 
 double Prefix::cost(int64_t i, int64_t j) const {

@@ -7,10 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -19,6 +15,7 @@
 #include <type_traits>
 
 #include "core/affine.h"
+#include "core/large_pages.h"
 
 namespace phiquant {
 
@@ -139,17 +136,9 @@ inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t
   return {grid, r, static_cast<Storage>(storage)};
 }
 
-// y, whose memory was just allocated. Writing 100 MB of it costs more in page faults of 4 KiB than the
-// kernels' arithmetic does; for large outputs the system is asked for pages of 2 MiB instead.
+// y, whose memory was just allocated.
 inline Tensor with_large_pages(Tensor y) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2u << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(y.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(y.numel()) * y.element_size();
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = end / kPage * kPage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
+  ask_for_large_pages(y.mutable_data_ptr(), static_cast<size_t>(y.numel()) * y.element_size());
   return y;
 }
 

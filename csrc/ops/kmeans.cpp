@@ -5,6 +5,7 @@
 // levels in `init` [blocks, k] (core/kmeans.h). A block that holds a value that is not finite gets NaN levels.
 #include "core/kmeans.h"
 
+#include <atomic>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -32,6 +33,14 @@ void parallel(int64_t count, const std::function<void(int64_t)>& task) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
+}
+
+bool all_finite(const void* x, Layout l) {
+  std::atomic<bool> finite = true;
+  for_pieces(l, [&](const Piece& p) {
+    if (!affine_kernels().all_finite(shift(x, p.start, l.dtype), p.layout)) finite = false;
+  });
+  return finite;
 }
 
 // The values and weights of one block.
@@ -70,7 +79,7 @@ Tensor for_blocks(const Tensor& x, const std::optional<Tensor>& weights, const s
   parallel(l.blocks, [&](int64_t b) {
     float* out = levels + b * k;
     const Block one = {shift(x.const_data_ptr(), b * block, l.dtype), h ? h + b * block : nullptr, {l.dtype, 1, block}};
-    if (!affine_kernels().all_finite(one.x, one.layout)) {
+    if (!all_finite(one.x, one.layout)) {
       std::fill(out, out + k, std::numeric_limits<float>::quiet_NaN());
       return;
     }
@@ -133,7 +142,7 @@ std::tuple<Tensor, Tensor> vectors(const Tensor& x, const std::optional<Tensor>&
   Tensor codebook = torch::stable::new_empty(x, {k, v.dim});
   Tensor codes = torch::stable::new_empty(x, {v.n}, ScalarType::Byte);
   auto* levels = static_cast<float*>(codebook.mutable_data_ptr());
-  if (!affine_kernels().all_finite(v.x, {Dtype::f32, 1, v.n * v.dim})) {
+  if (!all_finite(v.x, {Dtype::f32, 1, v.n * v.dim})) {
     std::fill_n(levels, k * v.dim, std::numeric_limits<float>::quiet_NaN());
     std::fill_n(static_cast<uint8_t*>(codes.mutable_data_ptr()), v.n, uint8_t{0});
   } else {

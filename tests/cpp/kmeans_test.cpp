@@ -14,13 +14,14 @@
 namespace phiquant {
 namespace {
 
-const Parallel kSerial = [](int64_t count, const std::function<void(int64_t)>& task) {
+// The order of tasks must not matter.
+const Parallel kBackward = [](int64_t count, const std::function<void(int64_t)>& task) {
   for (int64_t i = count; i-- > 0;) task(i);
 };
 
 Points points_of(const std::vector<float>& x, const std::vector<float>& weights = {}, bool skip_zero = false) {
   return distinct(x.data(), Dtype::f32, weights.empty() ? nullptr : weights.data(), static_cast<int64_t>(x.size()),
-                  skip_zero, kSerial);
+                  skip_zero, kBackward);
 }
 
 // Error of the points about the nearest level.
@@ -50,19 +51,19 @@ double brute_force(const Points& points, int64_t from, int64_t k) {
 
 std::vector<float> exact(const Points& points, int64_t k) {
   std::vector<float> levels(static_cast<size_t>(k));
-  kmeans_exact(points, k, levels.data(), kSerial);
+  kmeans_exact(points, k, levels.data(), kBackward);
   return levels;
 }
 
 TEST(Distinct, SortsMergesAndLeavesOut) {
   const std::vector<float> x = {2.0f, -1.0f, 0.0f, 2.0f, -0.0f, -1e-40f, 2.0f};
   const Points all = points_of(x);
-  EXPECT_EQ(all.value, (std::vector<float>{-1.0f, -1e-40f, 0.0f, 2.0f}));
-  EXPECT_EQ(all.weight, (std::vector<double>{1, 1, 2, 3}));
-  EXPECT_EQ(points_of(x, {}, true).value, (std::vector<float>{-1.0f, -1e-40f, 2.0f}));
+  EXPECT_EQ(all.value, (LargeVector<float>{-1.0f, -1e-40f, 0.0f, 2.0f}));
+  EXPECT_EQ(all.weight, (LargeVector<double>{1, 1, 2, 3}));
+  EXPECT_EQ(points_of(x, {}, true).value, (LargeVector<float>{-1.0f, -1e-40f, 2.0f}));
   const Points weighted = points_of(x, {1, 0, 0.5f, 2, 0.25f, 0, 4});
-  EXPECT_EQ(weighted.value, (std::vector<float>{0.0f, 2.0f}));
-  EXPECT_EQ(weighted.weight, (std::vector<double>{0.75, 7}));
+  EXPECT_EQ(weighted.value, (LargeVector<float>{0.0f, 2.0f}));
+  EXPECT_EQ(weighted.weight, (LargeVector<double>{0.75, 7}));
   EXPECT_EQ(points_of(x, std::vector<float>(7, 0.0f)).weight, all.weight);
   EXPECT_EQ(points_of({}).size(), 0);
 }
@@ -84,8 +85,8 @@ TEST(Distinct, CountingAndSortingAgree) {
                                           : to_float(reinterpret_cast<const f16*>(stored.data())[i]);
       }
       for (const float* weights : {static_cast<const float*>(nullptr), h.data()}) {
-        const Points a = distinct(stored.data(), dtype, weights, n, false, kSerial);
-        const Points b = distinct(rounded.data(), Dtype::f32, weights, n, false, kSerial);
+        const Points a = distinct(stored.data(), dtype, weights, n, false, kBackward);
+        const Points b = distinct(rounded.data(), Dtype::f32, weights, n, false, kBackward);
         EXPECT_EQ(a.value, b.value);
         EXPECT_EQ(a.weight, b.weight);
       }
@@ -95,7 +96,7 @@ TEST(Distinct, CountingAndSortingAgree) {
 
 TEST(Prefix, CostIsTheSquaredErrorAboutTheMean) {
   const Points points = points_of({1.0f, 2.0f, 4.0f, 4.0f, 8.0f, 1e18f});
-  const Prefix prefix(points);
+  const Prefix prefix(points, serial);
   EXPECT_DOUBLE_EQ(prefix.cost(0, 3), 6.75);  // 1 2 4 4 about 2.75
 }
 
@@ -117,7 +118,7 @@ TEST(Exact, EqualsBruteForce) {
 
 // Dynamic programming over all places, as the definition says.
 double quadratic(const Points& points, int64_t k) {
-  const Prefix prefix(points);
+  const Prefix prefix(points, serial);
   std::vector<double> before(static_cast<size_t>(points.size() + 1), INFINITY);
   before[0] = 0.0;
   for (int64_t c = 0; c < k; ++c) {

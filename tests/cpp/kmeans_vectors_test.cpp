@@ -34,9 +34,6 @@ TEST(Vectors, FarClustersGetALevelEach) {
   for (size_t i = 0; i < x.size(); ++i) x[i] += i / 4 % 3 == 0 ? 10.0f : i / 4 % 3 == 1 ? -10.0f : 0.0f;
   std::vector<float> codebook(12);
   std::vector<uint8_t> codes(1000);
-  const Parallel serial = [](int64_t count, const std::function<void(int64_t)>& task) {
-    for (int64_t i = count; i-- > 0;) task(i);
-  };
   kmeans_vectors({x.data(), 1000, 4}, nullptr, 3, {1, 50}, codebook.data(), codes.data(), serial);
   for (size_t i = 3; i < 1000; ++i) EXPECT_EQ(codes[i], codes[i % 3]);
   for (size_t j = 0; j < 4; ++j) EXPECT_NEAR(codebook[codes[0] * 4 + j], 10.0f, 0.03f);
