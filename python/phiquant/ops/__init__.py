@@ -49,6 +49,7 @@ from .kmeans import (  # noqa: E402
     kmeans_minibatch,
     kmeans_vectors,
 )
+from .learned import learned_fake_quantize  # noqa: E402
 from .search import search_range  # noqa: E402
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "kmeans_lloyd",
     "kmeans_minibatch",
     "kmeans_vectors",
+    "learned_fake_quantize",
     "linear_codes",
     "linear_floats",
     "linear_sums",
