@@ -30,6 +30,7 @@ from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
 from .integer_model import compute_per_token, to_integer
 from .kmeans import kmeans, vector_kmeans
+from .learned import LearnedFakeQuantize, TrainedTernary, learned_parameters
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from .observers import (
@@ -83,6 +84,7 @@ __all__ = [
     "HistogramObserver",
     "Int",
     "KLObserver",
+    "LearnedFakeQuantize",
     "MinMaxObserver",
     "NormalFloat",
     "PerChannel",
@@ -103,6 +105,7 @@ __all__ = [
     "Target",
     "Ternary",
     "TorchHistogramObserver",
+    "TrainedTernary",
     "UnsupportedModelError",
     "bits",
     "compress",
@@ -118,6 +121,7 @@ __all__ = [
     "finalize_pruning",
     "integer",
     "kmeans",
+    "learned_parameters",
     "load",
     "magnitude_mask",
     "ops",

@@ -16,9 +16,12 @@ from torch import nn
 from . import integer
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize
+from .learned import LearnedFakeQuantize, TrainedTernary
 from .observers import KeepsDtype
 from .spec import QuantSpec
 from .tensor import PARAMETERS, QuantizedTensor
+
+Quantizer = FakeQuantize | LearnedFakeQuantize | TrainedTernary
 
 
 class QATLinear(nn.Linear):
@@ -28,7 +31,7 @@ class QATLinear(nn.Linear):
     straight-through estimator. Under autocast the master is rounded to the grid in its own dtype and cast then.
     """
 
-    weight_quantizer: FakeQuantize
+    weight_quantizer: Quantizer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight_quantizer(self.weight), self.bias)
@@ -37,7 +40,7 @@ class QATLinear(nn.Linear):
 class QATEmbedding(nn.Embedding):
     """An Embedding whose table passes through its grid in every forward: ids [...] -> [..., K]."""
 
-    weight_quantizer: FakeQuantize
+    weight_quantizer: Quantizer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.embedding(
@@ -181,7 +184,7 @@ QUANTIZED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def to_qat(module: nn.Module, quantizer: FakeQuantize) -> None:
+def to_qat(module: nn.Module, quantizer: Quantizer) -> None:
     """Make a Linear or Embedding, in place, one that trains through `quantizer`. Parameters stay the same objects."""
     module.__class__ = QAT_CLASS[type(module)]
     module.weight_quantizer = quantizer

@@ -10,7 +10,17 @@ from torch import nn
 
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize
-from .modules import QAT_CLASS, QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear, to_qat, to_quantized
+from .learned import LearnedFakeQuantize
+from .modules import (
+    QAT_CLASS,
+    QATEmbedding,
+    QATLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    Quantizer,
+    to_qat,
+    to_quantized,
+)
 from .recipe import Recipe, as_recipe
 from .solvers import quantize_tensor
 from .spec import QuantSpec, Target
@@ -18,7 +28,7 @@ from .tensor import QuantizedTensor
 
 Model = TypeVar("Model", bound=nn.Module)
 What = Recipe | QuantSpec | Target | str
-Range = Literal["tensor", "observer", "mse"]
+Range = Literal["tensor", "observer", "mse", "learned"]
 Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, layers in all)
 
 
@@ -50,8 +60,9 @@ def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
 
     range: where a grid's range comes from. "tensor": the weight as it is in each step. "observer": the
         extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
-        kept through training.
-    Parameters stay the same objects under the same names: optimizers made before keep working.
+        kept through training. "learned": starts there and is trained with the weights (LSQ, LSQ+): new
+        parameters, `weight_quantizer.scale` and `.offset`, that an optimizer must be given.
+    The weights stay the same objects under the same names: optimizers made before keep working.
     Returns the model. On an error it is unchanged.
     """
     groups = _choose(model, what)
@@ -132,9 +143,13 @@ def _refuse_twice(model: nn.Module) -> None:
             )
 
 
-def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> FakeQuantize:
-    if range not in ("tensor", "observer", "mse"):
-        raise PhiquantError(f"range is 'tensor', 'observer' or 'mse', not {range!r}")
+def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> Quantizer:
+    if range not in ("tensor", "observer", "mse", "learned"):
+        raise PhiquantError(f"range is 'tensor', 'observer', 'mse' or 'learned', not {range!r}")
+    if range == "learned":
+        learned = LearnedFakeQuantize(spec, tuple(weight.shape), start="mse").to(weight.device)
+        learned.initialize(weight.detach())
+        return learned
     if range == "tensor":
         return FakeQuantize(spec)
     quantizer = FakeQuantize(spec, range="observer")

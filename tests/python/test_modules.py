@@ -109,7 +109,7 @@ def test_checkpointing_gives_the_same_gradients():
     assert torch.equal(plain[0].weight.grad, saving[0].weight.grad)
 
 
-@pytest.mark.parametrize("range", ["tensor", "observer", "mse"])
+@pytest.mark.parametrize("range", ["tensor", "observer", "mse", "learned"])
 def test_a_copy_is_independent_and_equal(range):
     model = qat_layer(range=range)
     twin = copy.deepcopy(model)
@@ -120,7 +120,7 @@ def test_a_copy_is_independent_and_equal(range):
     assert not torch.equal(twin(x()), model(x()))
 
 
-@pytest.mark.parametrize("range", ["observer", "mse"])
+@pytest.mark.parametrize("range", ["observer", "mse", "learned"])
 def test_a_range_goes_through_the_state_dict(range):
     model, other = qat_layer(range=range), nn.Sequential(layer(seed=7))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_range_goes_through_the_state_dict(range):
     assert torch.equal(other.eval()(x()), model.eval()(x()))
 
 
-@pytest.mark.parametrize("range", ["observer", "mse"])
+@pytest.mark.parametrize("range", ["observer", "mse", "learned"])
 def test_training_in_half_precision_keeps_the_grid(range):
     model = qat_layer("int3-g32-sym", range=range)
     scale = model[0].weight_quantizer.scale.clone()

@@ -110,11 +110,11 @@ def test_each_step_only_once(tiny_model):
 
 
 def test_an_unknown_range_is_refused(tiny_model):
-    with pytest.raises(pq.PhiquantError, match="range is 'tensor', 'observer' or 'mse'"):
+    with pytest.raises(pq.PhiquantError, match="range is 'tensor', 'observer', 'mse' or 'learned'"):
         pq.prepare_qat(tiny_model, "gguf:Q4_0", range="guess")
 
 
-@pytest.mark.parametrize("range", ["tensor", "observer", "mse"])
+@pytest.mark.parametrize("range", ["tensor", "observer", "mse", "learned"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_trains_is_what_converts(tiny_model, spec, range):
     """Bar: the largest difference between the weights of the last QAT forward and the decoded codes is 0."""

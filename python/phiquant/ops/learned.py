@@ -25,10 +25,11 @@ def learned_fake_quantize(
 ) -> Tensor:
     """`fake_quantize`, the same bits, differentiable in x, scale and zero_point or minimum.
 
-    With v = x / s, or (x - m) / s for a minimum, c = clamp(rne(v), qmin - z, qmax - z) and g the gradient of the result:
-    dx = g where v was not clamped, else 0; ds = sum of g (c - v) there and of g c elsewhere; dm = sum of g where v was
-    clamped, dz = -s times that. The sums are over the values that share s, in an order that does not depend on
-    threads. gradient_scale multiplies all but dx; LSQ's is 1 / sqrt(N qmax), N the number of values that share s.
+    With v = x / s, or (x - m) / s for a minimum, c = clamp(rne(v), qmin - z, qmax - z) and g the gradient of the
+    result: dx = g where v was not clamped, else 0; ds = sum of g (c - v) there and of g c elsewhere; dm = sum of g
+    where v was clamped, dz = -s times that. The sums are over the values that share s, in an order that does not
+    depend on threads. gradient_scale multiplies all but dx; LSQ's is 1 / sqrt(N qmax), N the number of values that
+    share s.
 
     scale, zero_point, minimum: any float dtype, shapes as for `fake_quantize`; a zero point is a whole number.
     """
