@@ -16,7 +16,7 @@ from .formats.receipt import version
 from .formats.source import Entry, row_slices
 from .models import phi
 from .recipe import Recipe, as_recipe
-from .solvers import SOLVERS, quantize_tensor
+from .solvers import NEEDS_STATISTICS, SOLVERS, quantize_tensor
 from .spec import FloatName, QuantSpec, Target, target
 from .tensor import PARAMETERS, QuantizedTensor
 
@@ -33,6 +33,8 @@ class CheckpointSource:
     def __init__(self, folder: Path | str, what: Recipe | QuantSpec | Target | str, solver: str = "rtn") -> None:
         if solver not in SOLVERS:
             raise PhiquantError(f"unknown solver {solver!r}; known solvers: {', '.join(SOLVERS)}")
+        if solver in NEEDS_STATISTICS:
+            raise PhiquantError(f"{solver} needs data; load the model and use quantize(model, ..., calibration=...)")
         self.checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.tokenizer_dir: Path | None = self.checkpoint.folder

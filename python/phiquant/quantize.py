@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from .calibrate import Calibration, calibrate, token_windows
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize
 from .learned import LearnedFakeQuantize
@@ -22,7 +24,7 @@ from .modules import (
     to_quantized,
 )
 from .recipe import Recipe, as_recipe
-from .solvers import quantize_tensor
+from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import QuantSpec, Target
 from .tensor import QuantizedTensor
 
@@ -33,26 +35,53 @@ Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, l
 
 
 @torch.no_grad()
-def quantize(model: Model, what: What, solver: str = "rtn", progress: Progress | None = None) -> Model:
+def quantize(
+    model: Model,
+    what: What,
+    solver: str = "rtn",
+    progress: Progress | None = None,
+    *,
+    calibration: Calibration | None = None,
+    tokenizer: Any = None,
+    folder: str | Path | None = None,
+    offload: bool = False,
+) -> Model:
     """Choose codes for the model's Linear (and, if the recipe names them, Embedding) weights, in place.
 
     what: a target ("gguf:Q4_0"), a spec ("int4-g32-sym") or a Recipe. With the first two, lm_head and
         the embedding stay in float.
-    solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all).
+    solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all);
+        with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse; docs/methods.md).
+    calibration: texts (with `tokenizer`) or windows of token ids [n, T]; a Phi-3 model is then solved decoder layer
+        by decoder layer. A solver that needs data and is given none takes testing.training_text().
+    folder: where a calibrated run keeps its finished layers, so that the same call goes on after an interruption.
+        offload: keep its activations there too, not in memory.
     Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged.
     """
     groups = _choose(model, what)
-    solved: list[tuple[list[nn.Module], QuantizedTensor]] = []
-    for done, (names, modules, spec) in enumerate(groups):
-        if progress:
-            progress(names[0], done, len(groups))
-        weight: torch.Tensor = modules[0].get_parameter("weight").detach()
-        solved.append((modules, quantize_tensor(weight, spec, solver=solver, name=f"{names[0]}.weight")))
+    if calibration is not None or solver in NEEDS_STATISTICS:
+        ids = token_windows(calibration, tokenizer)
+        chosen = [(names[0], modules[0], spec) for names, modules, spec in groups]
+        place = None if folder is None else Path(folder)
+        found = calibrate(model, chosen, solver, ids, folder=place, offload=offload, progress=progress)
+        solved = [(modules, found[names[0]]) for names, modules, _ in groups]
+    else:
+        solved = list(_solve(groups, solver, progress))
     for modules, quantized in solved:
         _attach(modules, quantized)
     if progress:
         progress("done", len(groups), len(groups))
     return model
+
+
+def _solve(
+    groups: list[tuple[list[str], list[nn.Module], QuantSpec]], solver: str, progress: Progress | None
+) -> Iterator[tuple[list[nn.Module], QuantizedTensor]]:
+    for done, (names, modules, spec) in enumerate(groups):
+        if progress:
+            progress(names[0], done, len(groups))
+        weight: torch.Tensor = modules[0].get_parameter("weight").detach()
+        yield modules, quantize_tensor(weight, spec, solver=solver, name=f"{names[0]}.weight")
 
 
 def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:

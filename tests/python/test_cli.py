@@ -104,6 +104,16 @@ def test_verify_accepts_what_quantize_wrote(checkpoint, tmp_path, target):
     assert run_json("verify", tmp_path / "out")["ok"] is True
 
 
+def test_quantize_with_calibration(checkpoint, quantized, text, tmp_path):
+    options = ("--target", "gguf:Q4_0", "--solver", "gptq", "--out", tmp_path)
+    run("quantize", checkpoint, *options, code=2)  # only phi3-tiny has a text of its own
+    run("quantize", checkpoint, *options, "--calibration", text)
+    assert run_json("verify", tmp_path)["ok"]
+    assert not (tmp_path / "calibration").exists()
+    assert (tmp_path / "model.gguf").read_bytes() != (quantized / "model.gguf").read_bytes()
+    assert "layers.1.mlp.down_proj: output error" in (tmp_path / "phiquant.log").read_text()
+
+
 def test_verify_runs_the_file(quantized, text):
     assert run_json("verify", quantized, "--run", "--text", text)["ok"] is True
 

@@ -28,7 +28,11 @@ TargetOption = Annotated[
     str, typer.Option("--target", "-t", help=f"Grid and format: {', '.join(TARGETS)}.", show_default=False)
 ]
 SolverOption = Annotated[
-    str, typer.Option(help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all.")
+    str,
+    typer.Option(
+        help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all. gptq, "
+        "gptq_mse: codes that keep the output on a text, on the grid of rtn or mse."
+    ),
 ]
 RecipeOption = Annotated[
     Path | None,
@@ -74,14 +78,14 @@ def read_recipe(path: Path | None) -> Recipe | None:
         return Recipe.from_json(path)
 
 
-def read_text(path: Path | None) -> str | None:
+def read_text(path: Path | None, name: str = "--text") -> str | None:
     """The text in the file; None if no file was named."""
     if path is None:
         return None
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint="--text") from error
+        raise typer.BadParameter(f"cannot read {path}: {error}", param_hint=name) from error
 
 
 @contextmanager

@@ -1,13 +1,24 @@
-"""`phiquant quantize`: a checkpoint on disk to a quantized file on disk, tensor by tensor."""
+"""`phiquant quantize`: a checkpoint on disk to a quantized file on disk, tensor by tensor or calibrated."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 
 from .. import stream
+from ..checkpoint import Checkpoint
+from ..export import claim_folder
+from ..export import export as write
+from ..load import EMBEDDED, load
+from ..models import phi
+from ..quantize import quantize as quantize_model
+from ..recipe import Recipe
+from ..solvers import NEEDS_STATISTICS
+from ..spec import Target
 from .arguments import (
     CheckpointArg,
     RecipeOption,
@@ -18,10 +29,18 @@ from .arguments import (
     output_folder,
     read_recipe,
     read_target,
+    read_text,
 )
-from .session import DebugFlag, JsonFlag, files_table, session
+from .session import DebugFlag, JsonFlag, Ui, files_table, session
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the files, their receipt and the log.")]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"A UTF-8 text for solvers that need data, such as the model is used on. {EMBEDDED} alone has one of its "
+        "own: the standard library."
+    ),
+]
 
 
 def quantize(
@@ -29,16 +48,50 @@ def quantize(
     target: TargetOption,
     out: OutOption,
     solver: SolverOption = "rtn",
+    calibration: CalibrationOption = None,
     recipe: RecipeOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues."""
+    """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues.
+
+    With calibration the model is held in memory and solved layer by layer; the log tells each layer's error.
+    """
     with session(json_, debug) as ui:
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
+        text = read_text(calibration, "--calibration")
+        if solver in NEEDS_STATISTICS and text is None and checkpoint != EMBEDDED:
+            raise typer.BadParameter(f"{solver} needs a text to calibrate {checkpoint} on", param_hint="--calibration")
         with checkpoint_folder(checkpoint) as folder:
             ui.log_to(output_folder(out) / "phiquant.log")
-            with ui.progress("quantizing") as step:
-                receipt = stream.quantize_checkpoint(folder, chosen, out, solver=solver, recipe=rules, progress=step)
+            if solver in NEEDS_STATISTICS or text is not None:
+                receipt = _calibrated(ui, folder, chosen, out, solver, rules, text)
+            else:
+                with ui.progress("quantizing") as step:
+                    receipt = stream.quantize_checkpoint(
+                        folder, chosen, out, solver=solver, recipe=rules, progress=step
+                    )
         ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
+
+
+def _calibrated(
+    ui: Ui, folder: Path, target: Target, out: Path, solver: str, recipe: Recipe | None, text: str | None
+) -> dict[str, Any]:
+    """The model in its own dtype, a decoder layer in float32 at a time; what is finished is kept in OUT/calibration."""
+    claim_folder(out, target.format)
+    dtype = Checkpoint(folder).dtype(f"{phi.EMBEDDING}.weight")
+    model, tokenizer = load(folder, getattr(torch, dtype))
+    state = out / "calibration"
+    with ui.progress("quantizing") as step:
+        quantize_model(
+            *(model, recipe or target, solver, step),
+            calibration=text,
+            tokenizer=tokenizer,
+            folder=state,
+            offload=True,
+        )
+    with ui.progress("writing") as step:
+        receipt = write(model, tokenizer, out, format=target.format, progress=step)
+    shutil.rmtree(state)
+    return receipt
