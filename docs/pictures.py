@@ -55,7 +55,43 @@ def integer_layers() -> Any:
     return figure
 
 
-PICTURES = {"integer.png": integer_layers}
+def kmeans() -> Any:
+    """The 16 levels of phi3-tiny's weights, even and by k-means; how near to the optimum Lloyd's algorithm comes."""
+    model, _ = pq.load("phi3-tiny")
+    parts = [p.detach().float().flatten() for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    w = torch.cat(parts)
+
+    def error(codebook: torch.Tensor, codes: torch.Tensor) -> float:
+        return (codebook[codes.long()] - w).square().sum().item()
+
+    exact, codes = pq.kmeans(w, 16)
+    least = error(exact, codes)
+    even = torch.linspace(w.min(), w.max(), 16)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2), layout="constrained")
+    left.hist(w.numpy(), bins=200, range=(-0.6, 0.6), color=plots.FLOAT_COLOR)
+    top = left.get_ylim()[1]
+    for levels, height, color, label in (
+        (even, -0.06, plots.CYCLE[1], "even from min to max"),
+        (exact, -0.13, plots.CYCLE[0], "exact k-means"),
+    ):
+        left.plot(levels, [height * top] * 16, "|", color=color, ms=11, mew=2, label=label)
+    left.set(xlim=(-0.6, 0.6), ylim=(-0.2 * top, top), yticks=[], xlabel="weight")
+    left.legend(frameon=False, loc="upper left", title="16 levels", alignment="left")
+    iterations = [0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100]
+    for init, color in zip(("linear", "random", "quantile", "kmeans++"), plots.CYCLE[1:], strict=False):
+        runs = [pq.kmeans(w, 16, method="lloyd", init=init, iterations=i) for i in iterations]
+        right.plot(iterations, [error(*run) / least for run in runs], "o-", ms=3, color=color, label=init)
+    right.axhline(1, color=plots.CYCLE[0], lw=1.2, label="exact")
+    right.set(yscale="log", xlabel="iterations of Lloyd's algorithm", ylabel="error / least error")
+    right.set_yticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    right.minorticks_off()
+    right.legend(frameon=False, title="start", alignment="left")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+PICTURES = {"integer.png": integer_layers, "kmeans.png": kmeans}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:
