@@ -21,12 +21,12 @@ namespace phiquant {
 
 // K as the kernels see it: a multiple of 4. Rows of x are padded to it, weights beyond K are 0.
 constexpr int64_t kQuad = 4;
-inline int64_t padded(int64_t k) { return (k + kQuad - 1) / kQuad * kQuad; }
+static inline int64_t padded(int64_t k) { return (k + kQuad - 1) / kQuad * kQuad; }
 
 // Packed weights: panels of 16 rows of w; in a panel, for every 4 consecutive k, the 4 codes of row 0, of
 // row 1 and so on, in 64 bytes. Rows and k beyond the end are 0.
 constexpr int64_t kPanel = 16;
-inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+static inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // w int8 [n, k] -> packed [panels(n), padded(k) / 4, 16, 4], and sums int32 [n] of the rows of w.
 void pack_weight(const int8_t* w, int64_t n, int64_t k, int8_t* packed, int32_t* sums);
