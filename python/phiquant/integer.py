@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from . import ops
 from .errors import PhiquantError
 from .observers import KeepsDtype, MinMaxObserver
-from .spec import Int, PerChannel, PerTensor, QuantSpec
+from .spec import Int, PerChannel, PerTensor, PerToken, QuantSpec
 from .spec import spec as read_spec
 from .tensor import QuantizedTensor
 
 Pair = int | tuple[int, int]
 _INT32_MAX = 2**31 - 1
+TOKENS = QuantSpec(Int(8), PerToken())  # activations as they come
 
 
 class ActivationQuantizer(KeepsDtype):
@@ -161,18 +162,45 @@ def conv2d(
     return output.wrap(codes.permute(0, 3, 1, 2))
 
 
-def linear_per_token(x: Tensor, weight: IntegerWeight, bias: Tensor | None = None) -> Tensor:
-    """A linear layer whose activations become int8 as they come, one symmetric scale for each row of x.
+def linear_tokens(
+    x: QuantizedTensor, weight: IntegerWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A linear layer on codes [..., K] with a scale, or scale and zero point, for each token: floats [..., N].
 
-    x [..., K] -> [..., N], floats in x's dtype; the product is in integers. A row that holds a value that is
-    not finite becomes NaN. No gradient. The weight must be symmetric.
+    float(sum) * S_w[n] * S_x[m] + bias[n] in float32, cast to `dtype`; the sum is exact. The weight must be
+    symmetric. PhiquantError for grids that this cannot take.
     """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    codes, scale, _, _ = ops.quantize_dynamic(rows, (len(rows), 1), qmin=-128, qmax=127, rule="absmax")
-    bias = None if bias is None else bias.detach().float()
-    w_scale = weight.scales.float()
-    y = ops.linear_floats(codes, scale.reshape(-1), None, weight.packed, w_scale, bias, dtype=x.dtype)
+    spec = x.spec
+    if not (isinstance(spec.element, Int) and spec.granularity == PerToken()) or spec.offset == "minimum":
+        raise PhiquantError(
+            f"this product needs integers with a scale for each token, not {spec}; use 'int8-token-sym'"
+        )
+    if weight.packed.zero_points is not None:
+        raise PhiquantError("weights with zero points have no product with tokens; quantize them symmetrically")
+    if bool((weight.reach > _INT32_MAX).any()):
+        raise PhiquantError("the sums of this weight can exceed 32 bits; keep this layer in float")
+    assert x.scales is not None
+    zero = None if x.zero_points is None else x.zero_points.reshape(-1)
+    y = ops.linear_floats(
+        x.codes.reshape(-1, x.shape[-1]),
+        x.scales.reshape(-1).float(),
+        zero,
+        weight.packed,
+        weight.scales.float(),
+        None if bias is None else bias.detach().float(),
+        dtype=dtype,
+    )
     return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def linear_per_token(x: Tensor, weight: IntegerWeight, bias: Tensor | None = None) -> Tensor:
+    """`linear_tokens` of floats that become int8 as they come, symmetric: x [..., K] -> [..., N] in x's dtype.
+
+    A token that holds a value that is not finite becomes NaN. No gradient.
+    """
+    shape = TOKENS.scale_shape(tuple(x.shape))
+    codes, scale, _, _ = ops.quantize_dynamic(x, shape, qmin=-128, qmax=127, rule="absmax")
+    return linear_tokens(QuantizedTensor(codes, scale, None, None, TOKENS), weight, bias, x.dtype)
 
 
 def relu(x: QuantizedTensor) -> QuantizedTensor:

@@ -18,7 +18,7 @@ from .errors import PhiquantError
 from .fake_quant import FakeQuantize
 from .learned import LearnedFakeQuantize, TrainedTernary
 from .observers import KeepsDtype
-from .spec import QuantSpec
+from .spec import PerToken, QuantSpec
 from .tensor import PARAMETERS, QuantizedTensor
 
 Quantizer = FakeQuantize | LearnedFakeQuantize | TrainedTernary
@@ -142,13 +142,16 @@ class QuantizedLinear(_ComputesInIntegers, nn.Linear):
     """A Linear with codes. `.quantized` is what a file gets.
 
     Given floats, it computes with the decoded codes, or, where per_token is set, on int8 activations with
-    a scale for each token (`integer.linear_per_token`). Given a QuantizedTensor, it computes in integers alone.
+    a scale for each token (`integer.linear_per_token`). Given a QuantizedTensor, it computes in integers alone,
+    or, where that has a scale for each token, gives floats.
     """
 
     per_token: bool = False
 
     def forward(self, input: torch.Tensor | QuantizedTensor) -> Any:
         if isinstance(input, QuantizedTensor):
+            if input.spec.granularity == PerToken():
+                return integer.linear_tokens(input, self.integer_weight, self.bias)
             return integer.linear(input, self.integer_weight, self.bias, self.output_grid(), self.relu)
         if self.per_token:
             return integer.linear_per_token(input, self.integer_weight, self.bias)

@@ -116,6 +116,25 @@ def test_linear_per_token(dtype: torch.dtype) -> None:
     assert torch.allclose(found.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("tokens", ["int8-token-sym", "uint8-token-asym", "int8-token-asym", "int4-token-asym"])
+def test_a_layer_takes_codes_with_a_scale_for_each_token(tokens: str) -> None:
+    model = nn.Sequential(nn.Linear(40, 9))
+    pq.quantize(model, "int8-channel-sym")
+    qx = pq.quantize_tensor(random(2, 5, 40) + 0.3, tokens)
+    exact = F.linear(qx.dequantize().double(), model[0].weight.double(), model[0].bias.double())
+    assert torch.allclose(model(qx).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_products_with_tokens_refuse_other_grids() -> None:
+    tokens = pq.quantize_tensor(random(2, 8), "int8-token-sym")
+    weight = IntegerWeight.pack(pq.quantize_tensor(random(4, 8), "int8-channel-asym"))
+    with pytest.raises(pq.PhiquantError, match="zero points have no product with tokens"):
+        integer.linear_tokens(tokens, weight)
+    weight = IntegerWeight.pack(pq.quantize_tensor(random(4, 8), "int8-channel-sym"))
+    with pytest.raises(pq.PhiquantError, match="a scale for each token, not int8-tensor-sym"):
+        integer.linear_tokens(pq.quantize_tensor(random(2, 8), "int8-tensor-sym"), weight)
+
+
 def test_linear_per_token_keeps_what_is_not_finite_in_its_row() -> None:
     weight = IntegerWeight.pack(pq.quantize_tensor(random(9, 40), "int8-channel-sym"))
     x = random(3, 40, seed=1)

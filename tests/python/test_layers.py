@@ -102,6 +102,10 @@ def test_low_floors_import_nothing_above(path):
     assert {n.split(".")[0] for n in ours(path)} <= floors
 
 
+def test_integer_layers_are_below_the_modules():
+    assert {n.split(".")[0] for n in ours(PACKAGE / "integer.py")} <= {"errors", "ops", "spec", "tensor", "observers"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("ops/*.py")), ids=module_name)
 def test_ops_know_nothing_above_them(path):
     assert {name.split(".")[0] for name in ours(path)} <= {"_extension", "_C", "errors", "ops"}
