@@ -57,6 +57,35 @@ def weight_histogram(weight: torch.Tensor, quantized: QuantizedTensor, bins: int
     return _clean(axes)
 
 
+def thresholds(
+    values: torch.Tensor, ranges: Mapping[str, tuple[float, float]], bins: int = 200, log: bool = True, ax: Any = None
+) -> Any:
+    """The histogram of `values` and, for each method in ranges[method] = (lo, hi), where it clips: lines of one color.
+
+    A side on which a method's end lies beyond all values gets no line. log: counts on a logarithmic scale, so
+    that the few outliers show. Returns the axes.
+    """
+    axes = _axes(ax, (9, 3.6))
+    values = values.detach().float().flatten()
+    values = values[values.isfinite()]
+    axes.hist(values.numpy(), bins=bins, color=FLOAT_COLOR, log=log)
+    lowest, highest = values.min().item(), values.max().item()
+    for i, (name, ends) in enumerate(ranges.items()):
+        lo, hi = (float(end) for end in ends)
+        style: dict[str, Any] = {"color": CYCLE[i % len(CYCLE)], "ls": "-" if i < len(CYCLE) else "--", "lw": 1.6}
+        label = f"{name}: {lo:.3g} .. {hi:.3g}"
+        for end in (lo, hi):
+            if lowest <= end <= highest:
+                axes.axvline(end, label=label, **style)
+                label = ""
+        if label:
+            axes.plot([], [], label=label, **style)
+    axes.set_xlabel("value")
+    axes.set_ylabel("count")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return _clean(axes)
+
+
 def layer_errors(errors: Mapping[str, Mapping[str, float]], ax: Any = None) -> Any:
     """Grouped bars: errors[method][layer], the layers of the first method in their order. Returns the axes."""
     layers = list(next(iter(errors.values())))
