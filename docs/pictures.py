@@ -91,7 +91,31 @@ def kmeans() -> Any:
     return figure
 
 
-PICTURES = {"integer.png": integer_layers, "kmeans.png": kmeans}
+def ranges() -> Any:
+    """A bell with outliers, and where each method clips it for 8 and for 4 bits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(200_000, generator=generator), 12 + 3 * torch.randn(40, generator=generator)])
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), layout="constrained")
+    for ax, bits in zip(axes, (8, 4), strict=True):
+        spec = f"int{bits}-tensor-sym"
+        found = {}
+        for name, observer in {
+            "min-max": pq.MinMaxObserver(spec),
+            "percentile 99.9": pq.PercentileObserver(spec),
+            "KL, TensorRT": pq.KLObserver(spec),
+            "KL, notebook": pq.KLObserver(spec, form="notebook"),
+            "histogram MSE": pq.HistogramObserver(spec),
+        }.items():
+            observer(x)
+            found[name] = tuple(end.item() for end in observer.range())
+        exact = pq.quantize_tensor(x, spec, solver="mse_exact")
+        element = exact.spec.element
+        found["mse_exact"] = tuple(exact.scales.item() * q for q in (element.qmin, element.qmax))
+        plots.thresholds(x, found, ax=ax).set_title(f"200 000 normal values and 40 outliers, {bits} bits", loc="left")
+    return figure
+
+
+PICTURES = {"integer.png": integer_layers, "kmeans.png": kmeans, "ranges.png": ranges}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

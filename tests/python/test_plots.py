@@ -45,3 +45,14 @@ def test_bars_and_curves_hold_the_given_values():
     bars = plots.bars({"float": 0.0, "rtn": 2.0, "qat": -1.0})
     assert [bar.get_width() for bar in bars.patches] == [-1.0, 2.0, 0.0]
     assert bars.get_xlim()[0] < -1
+
+
+def test_thresholds_are_drawn_where_they_lie():
+    x = torch.tensor([-2.0, 0.0, 1.0, 4.0, float("nan"), float("inf")])
+    axes = plots.thresholds(
+        x, {"min-max": (-2, 4), "clipped": (torch.tensor([-1.5]), 3.0), "wide": (-9.0, 9.0)}, bins=6
+    )
+    assert sum(bar.get_height() for bar in axes.patches) == 4
+    assert [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())] == [-2, 4, -1.5, 3]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["min-max: -2 .. 4", "clipped: -1.5 .. 3", "wide: -9 .. 9"]
