@@ -313,7 +313,7 @@ def test_solver_gives_the_optimum_of_each_block(text: str) -> None:
 
 def test_solver_takes_weights_and_names_what_is_wrong() -> None:
     w, h = gaussian(8, 64, seed=19), gaussian(64, seed=20).square() ** 3
-    quantized = [pq.solvers.SOLVERS["kmeans"](w, pq.spec("codebook8-row"), x) for x in (None, h)]
+    quantized = [pq.solvers.kmeans(w, pq.spec("codebook8-row"), x) for x in (None, h)]
     plain, weighted = (((q.dequantize() - w).square() * h).sum() for q in quantized)
     assert weighted < 0.9 * plain
     with pytest.raises(PhiquantError, match="codebook16-row"):
@@ -321,6 +321,18 @@ def test_solver_takes_weights_and_names_what_is_wrong() -> None:
     w[2, 3] = float("nan")
     with pytest.raises(PhiquantError, match=r"layer\.weight holds 1 .* index \[2, 3\]"):
         pq.quantize_tensor(w, "codebook8-row", "kmeans", name="layer.weight")
+
+
+def test_weights_matter_where_some_inputs_are_large() -> None:
+    # Three inputs 30 times larger, their weights as much smaller: the float function is that of ordinary inputs.
+    w, x = gaussian(32, 128, seed=27), gaussian(512, 128, seed=28)
+    w[:, :3] /= 30
+    x[:, :3] *= 30
+    spec = pq.spec("codebook8-row")
+    plain, weighted = (
+        (x @ (pq.solvers.kmeans(w, spec, h).dequantize() - w).t()).square().mean() for h in (None, x.square().mean(0))
+    )
+    assert weighted < 0.3 * plain
 
 
 def test_never_worse_than_linear_levels_of_the_same_blocks() -> None:
