@@ -115,7 +115,41 @@ def ranges() -> Any:
     return figure
 
 
-PICTURES = {"integer.png": integer_layers, "kmeans.png": kmeans, "ranges.png": ranges}
+def elements() -> Any:
+    """The levels of every kind of element, and what each loses on normal values."""
+    w = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    specs = {
+        "int8": "int8-g64-sym",
+        "fp8 e4m3": "fp8_e4m3-g64-sym",
+        "fp8 e5m2": "fp8_e5m2-g64-sym",
+        "int4": "int4-g64-sym",
+        "fp4 e2m1": "fp4_e2m1-g64-sym",
+        "fp4 e1m2": "fp4_e1m2-g64-sym",
+        "fp4 e3m0": "fp4_e3m0-g64-sym",
+        "nf4": "nf4-g64-sym",
+        "codebook16": "codebook16-tensor",
+        "int2": "int2-g64-sym",
+        "ternary": "ternary-g64-sym",
+        "binary": "binary-g64-sym",
+    }
+    lines, errors = {}, {}
+    for name, text in specs.items():
+        spec = pq.spec(text)
+        qt = pq.quantize_tensor(w, spec, solver="kmeans" if spec.element.levels is None else "rtn")
+        lines[name] = spec.element.levels if qt.codebook is None else qt.codebook[0].tolist()
+        errors[name] = ((qt.dequantize() - w).square().mean() / w.square().mean()).sqrt().item()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 4.6), width_ratios=(3, 1), layout="constrained", sharey=True
+    )
+    plots.levels(lines, ax=left)
+    bars = right.barh(range(len(errors)), list(errors.values())[::-1], color=plots.CYCLE[1], height=0.55)
+    right.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    right.set(xscale="log", xlim=(0.003, 2), xlabel="relative error, normal values")
+    right.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+PICTURES = {"elements.png": elements, "integer.png": integer_layers, "kmeans.png": kmeans, "ranges.png": ranges}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,25 @@ def bars(values: Mapping[str, float], reference: float | None = None, label: str
     if reference is not None:
         axes.axvline(reference, color="#333333", lw=1, ls="--")
     axes.set_xlabel(label)
+    return _clean(axes)
+
+
+def levels(lines: Mapping[str, Sequence[float]], ax: Any = None) -> Any:
+    """A number line per element: its finite levels (such as `pq.Float("e2m1").levels`), each divided by the largest.
+
+    Returns the axes; the first line is on top.
+    """
+    axes = _axes(ax, (9, 0.6 + 0.34 * len(lines)))
+    for height, values in enumerate(reversed(list(lines.values()))):
+        finite = sorted({float(v) for v in values if math.isfinite(v)})
+        largest = max(abs(v) for v in finite)
+        axes.axhline(height, color="#dfe3e8", lw=1, zorder=0)
+        marks = [v / largest for v in finite]
+        size, width = (130, 1.6) if len(marks) <= 16 else (90, 0.7)
+        axes.scatter(marks, [height] * len(marks), marker="|", s=size, lw=width, color=CODES_COLOR)
+    axes.set_yticks(range(len(lines)), list(lines)[::-1])
+    axes.set_ylim(-0.6, len(lines) - 0.4)
+    axes.set_xlabel("level / largest level")
     return _clean(axes)
 
 

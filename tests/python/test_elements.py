@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -554,3 +556,15 @@ def test_a_value_that_is_not_finite_is_seen_by_every_solver() -> None:
         for solver in ("rtn", "mse"):
             with pytest.raises(pq.PhiquantError, match=r"index \[2, 5\]"):
                 pq.quantize_tensor(w, text, solver=solver)
+
+
+def test_the_table_of_the_docs_is_what_is_measured() -> None:
+    w = random(64, 4096)
+    page = (Path(__file__).parents[2] / "docs/elements.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w.-]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert len(table) == 12
+    for text, bits, *errors in table:
+        assert float(bits) == pytest.approx(pq.spec(text).bits_per_weight((64, 4096)), abs=5e-3)
+        for solver, error in zip(("rtn", "mse"), errors, strict=True):
+            y = pq.quantize_tensor(w, text, solver=solver).dequantize()
+            assert float((y - w).norm() / w.norm()) == pytest.approx(float(error), abs=5.1e-4), (text, solver)

@@ -56,3 +56,11 @@ def test_thresholds_are_drawn_where_they_lie():
     assert [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata())] == [-2, 4, -1.5, 3]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["min-max: -2 .. 4", "clipped: -1.5 .. 3", "wide: -9 .. 9"]
+
+
+def test_number_lines_hold_the_finite_levels_of_an_element():
+    axes = plots.levels({"e2m1": pq.Float("e2m1").levels, "e5m2": pq.Float("e5m2").levels})
+    lower, upper = (c.get_offsets()[:, 0].tolist() for c in axes.collections)
+    assert upper == pytest.approx([v / 6 for v in (-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6)])
+    assert len(lower) == 2 * 123 + 1
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["e5m2", "e2m1"]
