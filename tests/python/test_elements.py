@@ -430,7 +430,7 @@ def _samples() -> list[tuple[str, tuple, dict]]:
         ("fake_quantize_dynamic", (x, *dynamic), e2m1),
         ("fake_quantize_dynamic", (x, 32, -1, 1, 5, 0), {}),
         ("fake_quantize_dynamic_out", (x.detach(), *dynamic, torch.empty(4, 64)), shared),
-        ("choose_range", (x.detach(), *dynamic, False), e2m1),
+        ("choose_range", (x.detach(), *dynamic), e2m1),
         ("range_from_min_max", (-scale, scale, 0, 15, 0, 0), shared),
     ]
 
