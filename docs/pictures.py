@@ -16,6 +16,37 @@ import torch
 from phiquant import plots
 
 
+def compression() -> Any:
+    """Bits a weight of Huffman-coded k-means codes, with their zeros or with gaps, as more of them are zero."""
+    from phiquant.compress import gaps
+
+    w = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
+    shares = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]
+    lines: dict[str, list[float]] = {}
+    for share in shares:
+        pruned = w.masked_fill(~pq.magnitude_mask(w, share), 0.0)
+        codebook, codes = pq.kmeans(pruned, 16, keep_zero=True)
+        zero = codes == int((codebook == 0).nonzero()[0])
+        p = codes.bincount(minlength=16).double() / len(w)
+        fillers = int((gaps(~zero) // 16).sum())  # a gap of 4 bits is at most 15; then a zero is stored
+        for name, size in {
+            "codes with their zeros": len(pq.ops.huffman_encode(codes)),
+            "codes and gaps": sum(len(pq.ops.huffman_encode(s)) for s in (codes[~zero], gaps(~zero))),
+            "4-bit codes and 4-bit gaps, no Huffman": (int((~zero).sum()) + fillers) * (4 + 4) / 8,
+            "entropy of the codes": float(-(p * p.clamp(min=1e-30).log2()).sum()) * len(w) / 8,
+        }.items():
+            lines.setdefault(name, []).append(8 * size / len(w))
+    figure, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    for (name, values), color, style in zip(
+        lines.items(), (*plots.CYCLE[:3], "#333333"), ("-o", "-o", ":", "--"), strict=True
+    ):
+        ax.plot(shares, values, style, label=name, color=color, ms=4, lw=1.4)
+    ax.set(xlabel="share of zeros", ylabel="bits a weight", ylim=(0, 8), title="a million normal weights, 16 levels")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def integer_layers() -> Any:
     """What the codes of a linear layer cost as channels of its input grow beyond the others."""
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +180,13 @@ def elements() -> Any:
     return figure
 
 
-PICTURES = {"elements.png": elements, "integer.png": integer_layers, "kmeans.png": kmeans, "ranges.png": ranges}
+PICTURES = {
+    "compression.png": compression,
+    "elements.png": elements,
+    "integer.png": integer_layers,
+    "kmeans.png": kmeans,
+    "ranges.png": ranges,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

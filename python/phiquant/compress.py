@@ -19,7 +19,6 @@ shape, dtype or spec, and common code, and "sha256", of everything else.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -37,7 +36,7 @@ from .errors import PhiquantError
 from .formats.partial import PartialFile
 from .modules import StoredCodes
 from .prune import PrunedConv2d, PrunedLinear
-from .tensor import QuantizedTensor
+from .tensor import PARAMETERS, QuantizedTensor
 
 Parts = dict[str, Tensor]
 PART_BYTES = 80  # about what the container spends on one more part: its name, dtype, shape and place
@@ -106,8 +105,8 @@ def _forms_of_codes(tensor: QuantizedTensor) -> list[tuple[dict[str, Any], Parts
     element = tensor.spec.element
     symbols = (tensor.codes.cpu().to(torch.int16) - element.qmin).to(torch.uint8)
     description = {"shape": list(tensor.shape), "spec": str(tensor.spec)}
-    fields = {field.name: getattr(tensor, field.name) for field in dataclasses.fields(tensor) if field.name != "codes"}
-    parameters = {word: part.detach().cpu() for word, part in fields.items() if isinstance(part, Tensor)}
+    parameters = {word: getattr(tensor, word) for word in PARAMETERS}
+    parameters = {word: part.detach().cpu() for word, part in parameters.items() if part is not None}
     return _forms(description, parameters, symbols)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,12 +16,11 @@ from torch import Tensor
 from . import ops
 from .errors import PhiquantError
 from .spec import spec as read_spec
-from .tensor import QuantizedTensor
+from .tensor import PARAMETERS, QuantizedTensor
 
 VERSION = "1"
 FILLER = 255
-_PARAMETERS = tuple(field.name for field in dataclasses.fields(QuantizedTensor) if field.name not in ("codes", "spec"))
-_WORDS = ("codes", "gaps", "levels", "values", *_PARAMETERS)
+_WORDS = ("codes", "gaps", "levels", "values", *PARAMETERS)
 _DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "uint8": torch.uint8, "int8": torch.int8,
@@ -134,8 +132,8 @@ def _tensor(description: dict[str, Any], parts: dict[str, Tensor]) -> Value:
     if count and int(symbols.max()) > element.qmax - element.qmin:
         raise ValueError(f"code {int(symbols.max())} is none of {element}")
     codes = (symbols.to(torch.int16) + element.qmin).to(torch.int8 if element.signed else torch.uint8)
-    _expect(parts, _PARAMETERS)
-    return QuantizedTensor(codes=codes, spec=spec, **{word: parts.get(word) for word in _PARAMETERS})
+    _expect(parts, PARAMETERS)
+    return QuantizedTensor(codes=codes, spec=spec, **{word: parts.get(word) for word in PARAMETERS})
 
 
 def _symbols(description: dict[str, Any], parts: dict[str, Tensor], count: int) -> Tensor:

@@ -94,7 +94,8 @@ def test_the_smallest_form_is_taken(name: str, tmp_path: Path) -> None:
 
 
 SPECS = ["int4-g32-sym", "int8-channel-sym", "uint4-g32-asym-f16", "uint3-g32-min-bf16", "gguf:Q4_0", "nf4-g64-sym-f16",
-         "fp4_e2m1-g32-sym", "binary-channel-sym", "ternary-channel-sym", "q1.3"]  # fmt: skip
+         "fp4_e2m1-g32-sym", "binary-channel-sym", "ternary-channel-sym", "q1.3", "nvfp4", "vsq4",
+         "int4-g32-sym-uint8/128"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", SPECS)

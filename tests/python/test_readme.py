@@ -9,7 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/elements.md", "docs/kmeans.md", "docs/qat.md", "docs/ranges.md")
+PAGES = ("README.md", "docs/compression.md", "docs/elements.md", "docs/kmeans.md", "docs/qat.md", "docs/ranges.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
