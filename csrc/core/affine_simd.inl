@@ -38,6 +38,7 @@ struct Affine {
   // The last, short vector of a block goes through a buffer; missing lanes repeat the first value.
   template <class T>
   static F load_part(const T* p, int64_t n) {
+    if constexpr (requires { V::load_part(p, n); }) return V::load_part(p, n);
     T buffer[W];
     for (int64_t i = 0; i < W; ++i) buffer[i] = p[i < n ? i : 0];
     return V::load(buffer);

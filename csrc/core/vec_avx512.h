@@ -45,6 +45,10 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
   static F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  // The first n values; the missing lanes repeat the first.
+  static F load_part(const float* p, int64_t n) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(*p), static_cast<__mmask16>((1u << n) - 1u), p);
+  }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void store(bf16* p, F v) {
     const __m512i u = _mm512_castps_si512(v);

@@ -84,6 +84,12 @@ void find_statistics(const void* x, Layout l, Rule rule, std::vector<float>& lo,
 }
 
 void find_range(const void* x, Layout l, RangeSpec spec, float* scale, float* offset, float* inverse = nullptr) {
+  if (l.block <= kLongBlock && inverse == nullptr) {
+    for_pieces(l, [&](const Piece& p) {
+      affine_kernels().choose_range(shift(x, p.start, l.dtype), p.layout, spec, scale + p.block, offset + p.block);
+    });
+    return;
+  }
   std::vector<float> lo;
   std::vector<float> hi;
   find_statistics(x, l, spec.rule, lo, hi);

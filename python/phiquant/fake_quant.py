@@ -38,9 +38,9 @@ def fake_quantize(
     if scale is None and spec.has_scale:
         if zero_point is not None or minimum is not None:
             raise ValueError("zero_point and minimum need a scale; leave all three out to take the range from x")
-        if spec.two_level is None:
-            return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec), out=out)
-        scale, minimum = two_level.choose(x, spec, range_arguments(spec)).block_values()
+        if spec.two_level is not None:
+            return two_level.fake_quantize(x, spec, range_arguments(spec), out)
+        return ops.fake_quantize_dynamic(x, spec.scale_shape(tuple(x.shape)), **range_arguments(spec), out=out)
     parts = (block_scales(spec, x, scale), zero_point, minimum)
     return ops.fake_quantize(x, *parts, **_grid(spec, x, codebook), out=out)
 

@@ -34,8 +34,9 @@ class Parameters(NamedTuple):
 
 def values(codes: Tensor, super_scales: Tensor) -> Tensor:
     """super_scale * code of every block, float32 in the shape of `codes`."""
-    supers = super_scales.float()
-    return (codes.float().unflatten(-1, (supers.shape[-1], -1)) * supers.unsqueeze(-1)).flatten(-2)
+    if codes.dtype == torch.float8_e4m3fn:
+        return ops.dequantize(codes.view(torch.uint8), super_scales, format="e4m3fn")
+    return ops.dequantize(codes, super_scales)
 
 
 @torch.no_grad()
@@ -64,6 +65,46 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Paramet
     return Parameters(scales, super_scales, minimums, super_minimums)
 
 
+def fake_quantize(x: Tensor, spec: QuantSpec, grid: dict, out: Tensor | None = None) -> Tensor:
+    """x on the grid that `choose` finds, in one pass over memory where x is on the CPU and needs no gradient."""
+    assert spec.two_level is not None
+    fits = x.device.type == "cpu" and "levels" not in grid and (out is None or out.is_contiguous())
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    whole = spec.two_level.super_block == "tensor"
+    if not fits or needs_gradient or x.numel() == 0 or (whole and grid["rule"] != "absmax"):
+        scale, minimum = choose(x, spec, grid).block_values()
+        known = {name: value for name, value in grid.items() if name not in ("rule", "scale_dtype")}
+        return ops.fake_quantize(x, scale, None, minimum, **known, out=out)
+    values = x.detach().contiguous()
+    result = torch.empty_like(values) if out is None else out
+    shape = tuple(x.shape)
+    lower = {name: value for name, value in grid.items() if name != "scale_dtype"}
+    upper = _upper(spec)
+    subs = spec.scale_shape(shape)[-1] // spec.super_shape(shape)[-1]
+    super_scale = None
+    if whole:  # the largest scale of a block is that of the tensor as one block
+        largest, _, _ = ops.choose_range(values, spec.super_shape(shape), **grid)
+        super_scale = ops.range_from_min_max(torch.zeros_like(largest), largest, **upper)[0].float()
+    names = {name: f"sub_{name}" for name in ("qmin", "qmax", "rule", "format")}
+    sub = {names.get(name, name): value for name, value in upper.items()}
+    block = spec.block_size(shape)
+    ops.fake_quantize_two_level_out(values, result, block=block, subs=subs, super_scale=super_scale, **lower, **sub)
+    return result
+
+
+def _upper(spec: QuantSpec) -> dict:
+    """The keyword arguments by which the ops know how the scales of a super-block are quantized."""
+    two_level = spec.two_level
+    assert two_level is not None
+    return {
+        "qmin": two_level.qmin,
+        "qmax": two_level.qmax,
+        "rule": "signed_absmax" if two_level.signed else "absmax",
+        "scale_dtype": getattr(torch, spec.scale_dtype),
+        "format": "e4m3fn" if two_level.is_float else "integer",
+    }
+
+
 def _quantize(scale: Tensor, supers: Shape, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """(codes, super_scales) of the blocks' ideal scales."""
     two_level = spec.two_level
@@ -71,13 +112,5 @@ def _quantize(scale: Tensor, supers: Shape, spec: QuantSpec) -> tuple[Tensor, Te
     stored = getattr(torch, two_level.dtype)
     if scale.numel() == 0:
         return scale.to(stored), scale.new_zeros(supers, dtype=getattr(torch, spec.scale_dtype))
-    codes, super_scales, _, _ = ops.quantize_dynamic(
-        scale,
-        supers,
-        qmin=two_level.qmin,
-        qmax=two_level.qmax,
-        rule="signed_absmax" if two_level.signed else "absmax",
-        scale_dtype=getattr(torch, spec.scale_dtype),
-        format="e4m3fn" if two_level.is_float else "integer",
-    )
+    codes, super_scales, _, _ = ops.quantize_dynamic(scale, supers, **_upper(spec))
     return codes.view(stored), super_scales

@@ -278,3 +278,38 @@ def test_what_makes_no_grid_is_refused(make, message: str) -> None:
 def test_a_tensor_that_super_blocks_do_not_divide_is_named() -> None:
     with pytest.raises(pq.PhiquantError, match=r"w: a super-block of 256"):
         pq.quantize_tensor(random(4, 320), "q4_k", name="w")
+
+
+def test_opcheck_and_errors_of_the_fused_op() -> None:
+    op = torch.ops.phiquant.fake_quantize_two_level_out.default
+    x, out = random(2, 512), torch.empty(2, 512)
+    own = (32, 0, 15, ops_rule("minimum"), 0)
+    torch.library.opcheck(op, (x, *own, 8, 0, 63, ops_rule("absmax"), 0, 2, None, out))
+    for arguments, message in (
+        ((x, *own, 7, 0, 63, 0, 0, 2, None, out), "are not super-blocks of 7"),
+        ((x, *own, 8, 0, 63, 0, 0, 2, torch.ones(1), out), "without a minimum"),
+        ((x, 32, -8, 7, 0, 0, 8, 0, 63, 0, 0, 2, torch.ones(2), out), "must be one value"),
+        ((x, *own, 8, 0, 63, 0, 0, 2, None, out.half()), "out must have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(*arguments)
+
+
+def ops_rule(name: str) -> int:
+    return pq.ops.RULES[name]
+
+
+@pytest.mark.parametrize("name", TWO_LEVEL)
+def test_one_pass_gives_what_the_separate_steps_give(level: str, name: str) -> None:
+    """The fused kernel against the path that training takes, threads and odd sizes of batches included."""
+    x = random(37, 1536, seed=9)
+    x[5] *= 1e-4
+    fused = pq.fake_quantize(x, name)
+    apart = pq.fake_quantize(x.clone().requires_grad_(), name).detach()
+    assert torch.equal(fused, apart)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(pq.fake_quantize(x, name), fused)
+    finally:
+        torch.set_num_threads(before)

@@ -51,6 +51,7 @@ from .kmeans import (  # noqa: E402
 )
 from .learned import learned_fake_quantize  # noqa: E402
 from .search import search_range  # noqa: E402
+from .two_level import fake_quantize_two_level_out  # noqa: E402
 
 __all__ = [
     "FORMATS",
@@ -67,6 +68,7 @@ __all__ = [
     "dyadic_histogram",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "fake_quantize_two_level_out",
     "gptq_run",
     "histogram",
     "histogram_mse",

@@ -1,0 +1,44 @@
+"""Fake quantization with scales in two levels, in one pass over memory (csrc/core/two_level.h)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affine import FORMATS, RULES, STORAGE
+
+_out = torch.ops.phiquant.fake_quantize_two_level_out.default
+
+
+def fake_quantize_two_level_out(
+    x: Tensor,
+    out: Tensor,
+    *,
+    block: int,
+    qmin: int,
+    qmax: int,
+    rule: str,
+    subs: int,
+    sub_qmin: int,
+    sub_qmax: int,
+    sub_rule: str,
+    scale_dtype: torch.dtype,
+    format: str = "integer",
+    sub_format: str = "integer",
+    super_scale: Tensor | None = None,
+) -> None:
+    """Writes x on its two-level grid to `out`, both contiguous CPU tensors of one dtype; no gradient.
+
+    Blocks are `block` consecutive values with codes qmin..qmax by `rule`, their scales codes sub_qmin..sub_qmax by
+    `sub_rule`, of which `subs` share a scale of `scale_dtype`; or all share the float32 [1] `super_scale`.
+    """
+    own = (block, qmin, qmax, RULES[rule], FORMATS.index(format))
+    of_scales = (subs, sub_qmin, sub_qmax, RULES[sub_rule], FORMATS.index(sub_format), STORAGE[scale_dtype])
+    _out(x, *own, *of_scales, super_scale, out)
+
+
+@torch.library.register_fake("phiquant::fake_quantize_two_level_out")
+def _(*_: Any) -> None:
+    return None
