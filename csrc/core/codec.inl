@@ -137,7 +137,9 @@ struct TableCodec {
     static float bound(float lower, float upper) {
       const double middle = (static_cast<double>(lower) + static_cast<double>(upper)) * 0.5;
       const float rounded = static_cast<float>(middle);
-      return static_cast<double>(rounded) < middle ? __builtin_nextafterf(rounded, 0x1p+127f) : rounded;
+      const int bits = __builtin_bit_cast(int, rounded);
+      const int up = 1 | bits >> 31;  // to the next float, away from zero or towards it
+      return __builtin_bit_cast(float, static_cast<double>(rounded) < middle ? bits + up : bits);
     }
   };
   const Shared& grid;
