@@ -29,6 +29,7 @@ class Statistics:
         self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.abs_max = torch.zeros(features, device=device)
         self.tokens = 0
+        self._mirrored = False
 
     @property
     def features(self) -> int:
@@ -48,6 +49,7 @@ class Statistics:
         self.abs_sum += size.sum(0, dtype=torch.float64)
         self.abs_max = torch.maximum(self.abs_max, size.amax(0).float())
         self.tokens += len(rows)
+        self._mirrored = False
 
     def merge(self, other: Statistics) -> None:
         """Take in what `other` has seen, as if it had been seen here."""
@@ -57,6 +59,7 @@ class Statistics:
         self.abs_sum += other.abs_sum.to(self.abs_sum)
         self.abs_max = torch.maximum(self.abs_max, other.abs_max.to(self.abs_max))
         self.tokens += other.tokens
+        self._mirrored = False
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Merge the statistics of all processes of torch.distributed's `group`, in each of them."""
@@ -65,6 +68,7 @@ class Statistics:
             torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(self.abs_max, torch.distributed.ReduceOp.MAX, group)
         self.tokens = int(tokens)
+        self._mirrored = False
 
     @property
     def hessian(self) -> Tensor:
@@ -76,8 +80,9 @@ class Statistics:
             raise RuntimeError("these statistics have seen no tokens yet; show them the layer's inputs first")
         if not bool(self.moments.diagonal().isfinite().all()):
             raise PhiquantError("the layer's inputs hold values that are not finite; run the model in float32")
-        for start in range(_STRIP, self.features, _STRIP):
+        for start in () if self._mirrored else range(_STRIP, self.features, _STRIP):
             self.moments[start : start + _STRIP, :start] = self.moments[:start, start : start + _STRIP].T
+        self._mirrored = True
         return self.moments
 
     @property

@@ -55,8 +55,8 @@ def gptq(
     if statistics.features != w.shape[1]:
         raise PhiquantError(f"the weight has {w.shape[1]} inputs, its statistics are of {statistics.features}")
     nearest = _nearest(w.cpu(), spec, statistics, grid)
-    if not w.numel() or not bool(w.isfinite().all()):
-        return nearest  # with NaN scales, from which quantize_tensor() tells where the weight is not finite
+    if not w.numel():
+        return _on(nearest, w.device)
     if statistics.tokens < _TOKENS * w.shape[1]:
         warnings.warn(
             f"a layer of {w.shape[1]} inputs saw {statistics.tokens} tokens, too few for gptq: its codes are the "
