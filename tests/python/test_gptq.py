@@ -79,7 +79,7 @@ def test_the_codes_are_those_of_the_paper(text: str, act_order: bool) -> None:
 @pytest.mark.parametrize("columns", [128, 160, 512, 672])
 def test_runs_of_columns_make_up_for_each_other(columns: int) -> None:
     """Widths that fill the runs, and widths that do not."""
-    x, w = correlated(900, columns), gaussian(4, columns, seed=5)
+    x, w = correlated(1400, columns), gaussian(4, columns, seed=5)
     found = gptq(w, spec("int4-g32-sym"), seen(x, torch.float64))
     expected = paper(w.numpy(), quantize_tensor(w, "int4-g32-sym"), (x.double().T @ x.double()).numpy(), 0.01, True)
     assert (found.codes.numpy() != expected).mean() < 0.004
@@ -89,7 +89,7 @@ def test_two_columns_by_hand() -> None:
     """H = [[2, 1], [1, 2]]: column 0 is rounded first; the best column 1 is then w_1 + (w_0 - q_0) H_01 / H_11."""
     x = torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).T
     w = torch.tensor([[0.4, 0.45, 7.0]])
-    statistics = seen(torch.block_diag(x, torch.tensor([[0.1]])))
+    statistics = seen(torch.block_diag(x, torch.tensor([[0.1]])).repeat(2, 1))
     found = gptq(w, spec("int4-channel-sym"), statistics, damping=0.0, act_order=False)
     assert found.scales.item() == 1.0
     assert found.codes.tolist() == [[0, 1, 7]]  # 0.45 + 0.4 / 2 = 0.65 rounds up, 0.45 does not
@@ -113,9 +113,7 @@ def test_compensation_is_least_squares() -> None:
 @pytest.mark.parametrize(("text", "grid"), [(t, "minmax") for t in SPECS + ELEMENTS] + [(t, "mse") for t in SPECS])
 def test_inputs_that_do_not_correlate_leave_the_nearest_codes(text: str, grid: str) -> None:
     w = gaussian(8, 64, seed=2)
-    found = gptq(
-        w, spec(text), seen(torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1)), grid=grid
-    )
+    found = gptq(w, spec(text), seen(torch.diag(gaussian(64, seed=1)).repeat(2, 1)), grid=grid)
     assert found.digests() == quantize_tensor(w, text, solver="mse" if grid == "mse" else "rtn").digests()
 
 
@@ -186,6 +184,7 @@ def test_moments_that_are_not_positive_definite(damping: float) -> None:
     x[:, 1] = x[:, 0]
     statistics = seen(x)
     statistics.moments[5, 5] *= 0.5
+    statistics.tokens = 128
     found, nearest = gptq(w, spec("int4-g32-sym"), statistics, damping=damping), quantize_tensor(w, "int4-g32-sym")
     h = statistics.hessian.double()
     errors = [((d := (w - qt.dequantize()).double()) @ h * d).sum() for qt in (found, nearest)]
@@ -194,14 +193,14 @@ def test_moments_that_are_not_positive_definite(damping: float) -> None:
 
 def test_a_starved_layer_gets_the_nearest_codes_and_a_warning() -> None:
     w = gaussian(8, 256, seed=3)
-    with pytest.warns(UserWarning, match="256 inputs saw 7 tokens, too few"):
-        found = gptq(w, spec("int4-g32-sym"), seen(gaussian(7, 256)))
+    with pytest.warns(UserWarning, match="256 inputs saw 511 tokens, too few"):
+        found = gptq(w, spec("int4-g32-sym"), seen(gaussian(511, 256)))
     assert found.digests() == quantize_tensor(w, "int4-g32-sym").digests()
 
 
 def test_errors() -> None:
     w = gaussian(4, 64)
-    negative = seen(gaussian(50, 64))
+    negative = seen(gaussian(200, 64))
     negative.moments[:2, :2] = torch.tensor([[1.0, -1e9], [-1e9, 1.0]])
     with pytest.raises(PhiquantError, match="cannot be factored"):
         gptq(w, spec("int4-g32-sym"), negative)
@@ -210,10 +209,10 @@ def test_errors() -> None:
     with pytest.raises(PhiquantError, match="has 64 inputs, its statistics are of 32"):
         gptq(w, spec("int4-g32-sym"), seen(gaussian(50, 32)))
     with pytest.raises(PhiquantError, match="one codebook for the whole tensor, not codebook4-row"):
-        gptq(w, spec("codebook4-row"), seen(gaussian(50, 64)))
+        gptq(w, spec("codebook4-row"), seen(gaussian(200, 64)))
     w[2, 7] = float("nan")
     with pytest.raises(PhiquantError, match=r"proj holds 1 value\(s\) .* at index \[2, 7\]"):
-        quantize_tensor(w, "int4-g32-sym", "gptq", name="proj", statistics=seen(gaussian(50, 64)))
+        quantize_tensor(w, "int4-g32-sym", "gptq", name="proj", statistics=seen(gaussian(200, 64)))
 
 
 def arguments() -> dict:

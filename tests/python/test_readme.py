@@ -9,7 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/compression.md", "docs/elements.md", "docs/kmeans.md", "docs/qat.md", "docs/ranges.md")
+PAGES = (
+    "README.md", "docs/compression.md", "docs/elements.md", "docs/kmeans.md", "docs/methods.md", "docs/qat.md",
+    "docs/ranges.md",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -24,7 +24,7 @@ from .kmeans import kmeans
 from .nearest import mse, rtn
 
 _LARGEST_DAMPING = 1e4  # times the mean of the diagonal: beyond it H is noise beside the damping
-_TOKENS = 1 / 32  # of the layer's inputs: with fewer tokens seen, their directions say too little of the others
+_TOKENS = 2  # per input of the layer: on fewer, phi3-tiny lost more on other text than it does with nearest codes
 
 _WIDE = 4 * ops.GPTQ_COLUMNS
 
@@ -45,7 +45,7 @@ def gptq(
     act_order: take the columns with the largest inputs first.
     damping: this share of the mean of H's diagonal is added to the diagonal; ten times as much, until H can be
         factored. Columns whose input was always zero are rounded to the nearest code.
-    With too few tokens seen (fewer than K / 32), a warning, and the nearest codes.
+    With fewer than 2 K tokens seen, a warning, and the nearest codes.
     Runs on the CPU; the result is on w's device.
     """
     if statistics is None:
