@@ -180,11 +180,46 @@ def elements() -> Any:
     return figure
 
 
+def mse_search() -> Any:
+    """The squared error of one group against its scale: what min-max, the grid and the sweep find."""
+    figure, axes = plt.subplots(2, 1, figsize=(9, 5.4), layout="constrained")
+    for ax, (bits, seed) in zip(axes, ((4, 159), (6, 82)), strict=True):
+        x = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+        plots.error_against_scale(x, bits, ax=ax)
+    return figure
+
+
+def learned_scales() -> Any:
+    """What one value contributes to the gradient of the scale, and a scale on its way to the least error."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    plots.scale_gradient(bits=3, ax=axes[0])
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for start, color in zip(("lsq", "lsq+", "mse"), plots.CYCLE, strict=False):
+        learned = pq.LearnedFakeQuantize("int3-tensor-sym", start=start)
+        learned.initialize(x)
+        optimizer = torch.optim.SGD(learned.parameters(), lr=0.2)
+        line = []
+        for _ in range(120):
+            line.append(learned.scale.item())
+            optimizer.zero_grad()
+            (0.5 * (learned(x) - x).square().sum() / x.numel() ** 0.5).backward()
+            optimizer.step()
+        axes[1].plot(line, label=f'start="{start}"', color=color, lw=1.4)
+    best, _, _ = pq.ops.search_range(x, (1, 1), qmin=-4, qmax=3, rule="absmax", exact=True)
+    axes[1].axhline(best.item(), color="#333333", lw=1, ls="--", label="least squared error")
+    axes[1].set(xlabel="step", ylabel="scale", title="SGD on the squared error, 3 bits")
+    axes[1].legend(frameon=False)
+    axes[1].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 PICTURES = {
     "compression.png": compression,
     "elements.png": elements,
     "integer.png": integer_layers,
     "kmeans.png": kmeans,
+    "learned-scales.png": learned_scales,
+    "mse-search.png": mse_search,
     "ranges.png": ranges,
 }
 

@@ -116,9 +116,10 @@ struct Search {
       V::store(lows, low);
       V::store(highs, high);
       V::store(errors, error);
+      SweepMemory memory;
       for (int64_t j = 0; j < blocks; ++j) {
         const auto value = [&](int64_t i) { return sign * values[i * W + j]; };
-        scales[j] = static_cast<float>(sweep_block(n, value, lows[j], highs[j], errors[j]));
+        scales[j] = static_cast<float>(sweep_block(n, value, lows[j], highs[j], errors[j], memory));
       }
       return V::load(scales);
     }
@@ -215,8 +216,9 @@ struct Search {
         V::store(&values[static_cast<size_t>(at)].v, v);
         at += W;
       });
+      SweepMemory memory;
       const auto value = [&](int64_t i) { return sign * values[static_cast<size_t>(i)].v; };
-      return V::set1(static_cast<float>(sweep_block(n, value, lows[0], highs[0], errors[0])));
+      return V::set1(static_cast<float>(sweep_block(n, value, lows[0], highs[0], errors[0], memory)));
     }
   };
 

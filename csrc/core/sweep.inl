@@ -137,11 +137,37 @@ struct Bucket {
 };
 constexpr int64_t kMostBreaks = int64_t{1} << 22;
 
+// A scale below which the values beyond low s and high s alone have a larger squared error than `error`: by bisection,
+// so it is not the largest such scale.
+template <class Value>
+double smallest_scale(int64_t n, Value value, double low, double high, double peak, double error) {
+  const double reach = high > -low ? high : -low;
+  double below = 0.0;
+  double above = peak / reach;
+  for (int i = 0; i < 10; ++i) {
+    const double s = 0.5 * (below + above);
+    double clipped = 0.0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double v = value(j);
+      const double over = v - s * high > 0.0 ? v - s * high : v - s * low < 0.0 ? v - s * low : 0.0;
+      clipped += over * over;
+    }
+    (clipped > error ? below : above) = s;
+  }
+  return below;
+}
+
+// What sweeps of several blocks share: memory.
+struct SweepMemory {
+  std::vector<Bucket> buckets;
+  std::vector<Break> breaks;
+};
+
 // The best scale for n values, value(i) the i-th, and codes in [low, high]; 0 if there are more than kMostBreaks
 // breakpoints or a value is not finite. `error` is one that some scale has: a scale that clips more than that away is
 // not looked at.
 template <class Value>
-double sweep_block(int64_t n, Value value, double low, double high, double error) {
+double sweep_block(int64_t n, Value value, double low, double high, double error, SweepMemory& memory) {
   double top = 0.0;
   double bottom = 0.0;
   double poison = 0.0;
@@ -152,10 +178,7 @@ double sweep_block(int64_t n, Value value, double low, double high, double error
     bottom = v < bottom ? v : bottom;
   }
   if (poison != 0.0) return 0.0;  // NaN: a value is not finite
-  const double slack = std::sqrt(error);
-  const double by_top = high > 0.0 ? (top - slack) / high : 0.0;
-  const double by_bottom = low < 0.0 ? (bottom + slack) / low : 0.0;
-  const double smallest = by_top > by_bottom ? by_top : by_bottom;  // no better scale is below this
+  const double smallest = smallest_scale(n, value, low, high, top > -bottom ? top : -bottom, error);
   const auto steps = [&](double v) {
     const double limit = v < 0.0 ? -low : high;
     const double reached = smallest > 0.0 ? std::floor(std::fabs(v) / smallest + 0.5) : limit;
@@ -172,8 +195,9 @@ double sweep_block(int64_t n, Value value, double low, double high, double error
     const double b = static_cast<double>(inverse) * per_bucket;
     return b < static_cast<double>(total - 1) ? static_cast<int64_t>(b) : total - 1;
   };
-  std::vector<Bucket> buckets(static_cast<size_t>(total) + 1, Bucket{0});
-  std::vector<Break> breaks(static_cast<size_t>(total));
+  auto& [buckets, breaks] = memory;
+  buckets.assign(static_cast<size_t>(total) + 1, Bucket{0});
+  breaks.resize(static_cast<size_t>(total));
   const auto each = [&](auto use) {
     for (int64_t i = 0; i < n; ++i) {
       const double v = value(i);

@@ -147,6 +147,55 @@ def levels(lines: Mapping[str, Sequence[float]], ax: Any = None) -> Any:
     return _clean(axes)
 
 
+def error_against_scale(x: torch.Tensor, bits: int, ax: Any = None) -> Any:
+    """The squared error of one block x [n] on a symmetric grid of `bits`, against its scale. Returns the axes.
+
+    Marked: the ranges that `ops.search_range` tries, the best of them, the optimum, and the min-max range.
+    """
+    from . import ops
+
+    axes = _axes(ax, (9, 3.2))
+    row = x.detach().float().reshape(1, -1)
+    grid = {"qmin": -(1 << (bits - 1)), "qmax": (1 << (bits - 1)) - 1}
+    plain, _, _ = ops.choose_range(row, (1, 1), **grid, rule="absmax")
+
+    def error(scale: float) -> float:
+        y = ops.fake_quantize(row, torch.full((1, 1), scale), **grid)
+        return (y.double() - row.double()).square().sum().item()
+
+    scales = [plain.item() * (0.6 + 0.0008 * i) for i in range(1000)]
+    axes.plot(scales, [error(s) for s in scales], color=FLOAT_COLOR, lw=1.2, label="squared error")
+    tried = [plain.item() * (1 - 0.04 * i) for i in range(16)]
+    axes.plot(tried, [error(s) for s in tried], "o", color=CODES_COLOR, ms=4, label="ranges tried")
+    found = {"min-max": plain.item()}
+    for name, exact in (("mse", False), ("mse_exact", True)):
+        found[name] = ops.search_range(row, (1, 1), **grid, rule="absmax", exact=exact)[0].item()
+    for (name, scale), color, marker in zip(found.items(), CYCLE[1:], ("s", "D", "*"), strict=False):
+        label = f"{name}: {error(scale):.3f}"
+        axes.plot(scale, error(scale), marker, color=color, ms=11 if marker == "*" else 7, label=label, ls="")
+    axes.set_xlim(scales[0], scales[-1])
+    axes.set_ylim(0, 2.5 * error(plain.item()))
+    axes.set_xlabel("scale")
+    axes.set_title(f"{row.numel()} values, {bits} bits", loc="left")
+    axes.legend(frameon=False)
+    return _clean(axes)
+
+
+def scale_gradient(bits: int, ax: Any = None) -> Any:
+    """What a value at v = x / s contributes to the gradient of a learned scale: a sawtooth. Returns the axes."""
+    axes = _axes(ax, (5, 3.2))
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    v = torch.linspace(low - 2, high + 2, 2401)
+    code = v.round().clamp(low, high)
+    inside = v.round() == code
+    slope = torch.where(inside, code - v, code)
+    slope[1:][(slope.diff().abs() > 0.5)] = float("nan")  # no line across a jump
+    axes.plot(v.tolist(), slope.tolist(), color=CODES_COLOR, lw=1.2)
+    axes.axhline(0, color="#dfe3e8", lw=1, zorder=0)
+    axes.set(xlabel="x / s", ylabel="dy / ds", title=f"gradient of the scale, {bits} bits")
+    return _clean(axes)
+
+
 def _grid(quantized: QuantizedTensor, row: int, block: int) -> list[float]:
     """The real values that the codes of one block can stand for, decoded as every other code is."""
     from . import ops

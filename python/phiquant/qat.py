@@ -99,11 +99,15 @@ def train(
     what: a target, spec or Recipe; "float" in a Recipe's place trains a float control.
     text: what to train on; default: the standard library without the held-out modules.
     teacher: the model to stay close to; default: a copy of `model` as it comes.
-    range: as in prepare_qat. A range frozen where the mse solver puts it comes closer than one that
+    range: as in prepare_qat, but for "learned". A range frozen where the mse solver puts it comes closer than one that
         follows the weight: KL 0.0102 against 0.0155 after 200 k tokens at 3 bits on an early phi3-tiny,
         each at the best of three or two learning rates.
     folder: where to keep a checkpoint, from which the same call continues after an interruption.
     """
+    if range == "learned":
+        raise PhiquantError(
+            "qat.train trains weights alone; learned scales want a learning rate of their own: docs/learned-scales.md"
+        )
     settings = settings or Settings()
     recipe = as_recipe(what)
     ids = encode(tokenizer, text if text is not None else _default_text(settings))

@@ -261,6 +261,8 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LearnedFakeQuantize(text)
+    with pytest.raises(pq.PhiquantError, match="a learning rate of their own"):
+        pq.qat.train(None, None, "gguf:Q4_0", range="learned")
     with pytest.raises(ValueError, match="start is"):
         LearnedFakeQuantize("int4-tensor-sym", start="zero")
     with pytest.raises(ValueError, match="not finite"):
