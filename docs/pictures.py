@@ -213,6 +213,38 @@ def learned_scales() -> Any:
     return figure
 
 
+def storage() -> Any:
+    """What the scales of block formats cost, and what is lost, on weights with and without heavy tails."""
+    normal = torch.randn(128, 4096, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    heavy = torch.distributions.StudentT(4.0).sample((128, 4096))
+    one_level = ["int4-channel-sym", "gguf:Q4_0", "uint4-g32-min-f16"]
+    one_level += ["mxfp4", "mxint8", "mxfp8_e4m3"]
+    two_levels = ["q2_k", "q3_k", "vsq4", "q4_k", "nvfp4", "q5_k", "q6_k"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout="constrained")
+    for ax, w, title in zip(
+        axes, (normal, heavy), ("normal weights", "Student's t, 4 degrees of freedom"), strict=True
+    ):
+        for names, color, label in (
+            (one_level, plots.CYCLE[0], "one level"),
+            (two_levels, plots.CYCLE[1], "two levels"),
+        ):
+            bits = [pq.spec(name).bits_per_weight((4096, 4096)) for name in names]
+            lost = [((pq.fake_quantize(w, name) - w).norm() / w.norm()).item() for name in names]
+            ax.scatter(bits, lost, color=color, s=22, label=label, zorder=3)
+            for name, x, y in zip(names, bits, lost, strict=True):
+                left = name in ("vsq4", "q4_k", "mxfp4")
+                place = (-5, -9 if name == "q4_k" else 2) if left else (5, 2)
+                how = {"textcoords": "offset points", "fontsize": 7, "ha": "right" if left else "left"}
+                ax.annotate(name.removesuffix("-f16"), (x, y), place, **how)
+        ax.set(yscale="log", xlabel="bits a weight, scales counted", title=title, xlim=(2.3, 9.4))
+        ax.grid(alpha=0.25, which="both", lw=0.5)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("relative error")
+    axes[0].legend(frameon=False)
+    return figure
+
+
 PICTURES = {
     "compression.png": compression,
     "elements.png": elements,
@@ -221,6 +253,7 @@ PICTURES = {
     "learned-scales.png": learned_scales,
     "mse-search.png": mse_search,
     "ranges.png": ranges,
+    "storage.png": storage,
 }
 
 if __name__ == "__main__":

@@ -70,7 +70,9 @@ def packing(repeats: int) -> list[Row]:
     runs["pack trits"] = lambda: ops.pack_trits(trits)
     runs["unpack trits"] = lambda: ops.unpack_trits(squeezed, n)
     times = interleave(runs, repeats)
-    return [Row(f"{name}, 16 M codes, against copy_", times["copy_"], times[name], None) for name in runs][1:]
+    names = [name for name in runs if name != "copy_"]
+    same = {name: equal.get(int(name.split()[1])) if name.endswith("bits") else None for name in names}
+    return [Row(f"{name}, 16 M codes, against copy_", times["copy_"], times[name], None, same[name]) for name in names]
 
 
 @torch.no_grad()

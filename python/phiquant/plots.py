@@ -203,13 +203,14 @@ def _grid(quantized: QuantizedTensor, row: int, block: int) -> list[float]:
     element = quantized.spec.element
     assert quantized.scales is not None  # block_on_grid checked it
     codes = torch.arange(element.qmin, element.qmax + 1, dtype=quantized.codes.dtype)[None]
-    rows = row if quantized.scales.shape[0] > 1 else 0
+    scales, zero_points, minimums = quantized.grid()
+    rows = row if scales.shape[0] > 1 else 0
 
     def one(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows : rows + 1, block : block + 1].contiguous()
 
-    scale = quantized.scales[rows : rows + 1, block : block + 1].contiguous()
-    offsets = (one(quantized.zero_points), one(quantized.minimums))
+    scale = scales[rows : rows + 1, block : block + 1].contiguous()
+    offsets = (one(zero_points), one(minimums))
     return ops.dequantize(codes, scale, *offsets, **element_arguments(element))[0].tolist()
 
 
