@@ -156,7 +156,7 @@ def error_against_scale(x: torch.Tensor, bits: int, ax: Any = None) -> Any:
 
     axes = _axes(ax, (9, 3.2))
     row = x.detach().float().reshape(1, -1)
-    grid = {"qmin": -(1 << (bits - 1)), "qmax": (1 << (bits - 1)) - 1}
+    grid: dict[str, Any] = {"qmin": -(1 << (bits - 1)), "qmax": (1 << (bits - 1)) - 1}
     plain, _, _ = ops.choose_range(row, (1, 1), **grid, rule="absmax")
 
     def error(scale: float) -> float:
