@@ -37,11 +37,11 @@ struct Window {
 struct Edge {
   LargeVector<double> w, s1, s2;
 
-  void reserve(int64_t n) { w.reserve(n), s1.reserve(n), s2.reserve(n); }
-  void push(const Prefix& p, int64_t place) {
-    w.push_back(p.w[place]);
-    s1.push_back(p.s1[place]);
-    s2.push_back(p.s2[place]);
+  void resize(size_t n) { w.resize(n), s1.resize(n), s2.resize(n); }
+  void set(int64_t cell, const Prefix& p, int64_t place) {
+    w[cell] = p.w[place];
+    s1[cell] = p.s1[place];
+    s2[cell] = p.s2[place];
   }
 };
 
@@ -49,24 +49,24 @@ struct Edge {
 // of the cuts neither begin nor end before those of earlier cuts.
 class Cells {
  public:
-  Cells(const Prefix& prefix, int64_t step, const std::vector<Window>& places) : step_(step) {
-    int64_t most = 0;
-    for (const Window& w : places) most += w.hi / step - w.lo / step + 1;
-    most = std::min(most, prefix.size() / step + 1);
-    begin.reserve(most);
-    first.reserve(most);
-    if (step > 1) last_.reserve(most);
+  Cells(const Prefix& prefix, int64_t step, const std::vector<Window>& places, const Parallel& parallel) : step_(step) {
     for (const Window& w : places) {
       const int64_t lo = w.lo / step;
       const int64_t hi = w.hi / step;
       for (int64_t cell = begin.empty() ? lo : std::max(lo, begin.back() / step + 1); cell <= hi; ++cell) {
         begin.push_back(cell * step);
-        first.push(prefix, cell * step);
-        if (step > 1) last_.push(prefix, std::min(cell * step + step - 1, prefix.size()));
       }
       const auto at = std::lower_bound(begin.begin(), begin.end(), lo * step) - begin.begin();
       windows.push_back({at, at + hi - lo});
     }
+    first.resize(begin.size());
+    last_.resize(step > 1 ? begin.size() : 0);
+    parallel(kParts, [&](int64_t part) {
+      for (int64_t cell = part * count() / kParts; cell < (part + 1) * count() / kParts; ++cell) {
+        first.set(cell, prefix, begin[cell]);
+        if (step > 1) last_.set(cell, prefix, std::min(begin[cell] + step - 1, prefix.size()));
+      }
+    });
   }
 
   int64_t count() const { return static_cast<int64_t>(begin.size()); }
@@ -77,6 +77,7 @@ class Cells {
   std::vector<Window> windows;
 
  private:
+  static constexpr int64_t kParts = 4;
   int64_t step_;
   Edge last_;
 };
@@ -222,7 +223,7 @@ class Search {
 
   // Drops the cells at the ends of the windows in which no cut of the optimum lies.
   void narrow(int64_t step) {
-    const Cells cells(prefix_, step, places_);
+    const Cells cells(prefix_, step, places_, parallel_);
     solve(cells, k_, k_);
     std::vector<int64_t> cuts = path_to(front_, cells.windows[k_].hi);
     for (int64_t& cut : cuts) cut = cells.begin[cut];
@@ -243,7 +244,7 @@ class Search {
 
   // With step 1 bounds are errors: the halves of the cuts from both ends, and the best place to join them.
   std::vector<int64_t> finish() {
-    const Cells cells(prefix_, 1, places_);
+    const Cells cells(prefix_, 1, places_, parallel_);
     const int64_t half = k_ / 2;
     solve(cells, half, k_ - half);
     int64_t join = cells.windows[half].lo;
