@@ -99,6 +99,20 @@ struct Search {
       for (int64_t i = 0; i < n; ++i) sum = V::add(sum, errors.squared(rows[i]));
       return sum;
     }
+    // Of three ranges at once: one load of a value serves them, and no range waits for the one before.
+    void errors(const Found<V>* ranges, F* sums) const {
+      const E e[3] = {E(ranges[0], spec.grid), E(ranges[1], spec.grid), E(ranges[2], spec.grid)};
+      F a = V::set1(0.0f), b = a, c = a;
+      for (int64_t i = 0; i < n; ++i) {
+        const F x = rows[i];
+        a = V::add(a, e[0].squared(x));
+        b = V::add(b, e[1].squared(x));
+        c = V::add(c, e[2].squared(x));
+      }
+      sums[0] = a;
+      sums[1] = b;
+      sums[2] = c;
+    }
     void scan(F& lo, F& hi, F& poison) const {
       lo = V::set1(std::numeric_limits<float>::infinity());
       hi = V::set1(-std::numeric_limits<float>::infinity());
@@ -163,6 +177,9 @@ struct Search {
         use(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
       }
     }
+    void errors(const Found<V>* ranges, F* sums) const {
+      for (int i = 0; i < 3; ++i) sums[i] = error(ranges[i]);
+    }
     F error(const Found<V>& range) const {
       const E errors(range, spec.grid);
       double total = 0.0;
@@ -223,8 +240,18 @@ struct Search {
   };
 
   template <class Block>
+  static void take_best_of(const Block& block, const Found<V>* ranges, const F* ratios, F side, Best& best) {
+    F errors[3];
+    block.errors(ranges, errors);
+    for (int i = 0; i < 3; ++i) take_if_less(errors[i], ranges[i], ratios[i], side, best);
+  }
+
+  template <class Block>
   static void take_if_better(const Block& block, const Found<V>& range, F ratio, F side, Best& best) {
-    const F error = block.error(range);
+    take_if_less(block.error(range), range, ratio, side, best);
+  }
+
+  static void take_if_less(F error, const Found<V>& range, F ratio, F side, Best& best) {
     const Mask better = V::less(error, best.error);
     best.error = V::select(better, error, best.error);
     best.range.scale = V::select(better, range.scale, best.range.scale);
@@ -278,13 +305,19 @@ struct Search {
     const F side = V::select(high, one, V::set1(-1.0f));  // that of the value of largest magnitude
     Best best{Range<V>::parameters(lo, hi, spec), one, one, side};
     best.error = lowered(block.error(best.range), block.n);
-    for (int i = 0; i < 16; ++i) {
-      const F ratio = V::set1(1.0f - 0.04f * static_cast<float>(i));
-      if (spec.rule == Rule::signed_absmax) {
-        const F other = V::sub(V::set1(0.0f), side);
-        take_if_better(block, shrunk(lo, hi, ratio, other, spec), ratio, other, best);
-      }
-      if (i > 0) take_if_better(block, shrunk(lo, hi, ratio, side, spec), ratio, side, best);
+    const auto ratio_of = [](int i) { return V::set1(1.0f - 0.04f * static_cast<float>(i)); };
+    const auto try_side = [&](int first, F anchor) {  // three ratios
+      const F ratios[3] = {ratio_of(first), ratio_of(first + 1), ratio_of(first + 2)};
+      const Found<V> ranges[3] = {shrunk(lo, hi, ratios[0], anchor, spec), shrunk(lo, hi, ratios[1], anchor, spec),
+                                  shrunk(lo, hi, ratios[2], anchor, spec)};
+      take_best_of(block, ranges, ratios, anchor, best);
+    };
+    const F other = V::sub(V::set1(0.0f), side);
+    const bool both = spec.rule == Rule::signed_absmax;
+    if (both) take_if_better(block, shrunk(lo, hi, one, other, spec), one, other, best);
+    for (int i = 1; i < 16; i += 3) {
+      if (both) try_side(i, other);
+      try_side(i, side);
     }
     const F two = V::set1(2.0f);  // the power of two above clips nothing
     if (spec.storage == Storage::e8m0) take_if_better(block, shrunk(lo, hi, two, side, spec), two, side, best);
