@@ -172,6 +172,28 @@ struct Affine {
     }
   }
 
+  // lo, hi of `blocks` blocks; short ones four at a time, where the level can.
+  template <class T>
+  static void min_max_blocks(const T* x, int64_t n, int64_t blocks, float* lo, float* hi) {
+    int64_t b = 0;
+    if constexpr (requires { &V::horizontal4; }) {
+      for (; (n == W || n == 2 * W) && b + 4 <= blocks; b += 4) {
+        F low[4];
+        F high[4];
+        for (int64_t k = 0; k < 4; ++k) {
+          const T* values = x + (b + k) * n;
+          low[k] = V::min(V::load(values), V::set1(std::numeric_limits<float>::infinity()));
+          high[k] = V::max(V::load(values), V::set1(-std::numeric_limits<float>::infinity()));
+          if (n == W) continue;
+          low[k] = V::min(V::load(values + W), low[k]);
+          high[k] = V::max(V::load(values + W), high[k]);
+        }
+        V::horizontal4(low, high, lo + b, hi + b);
+      }
+    }
+    for (; b < blocks; ++b) min_max_block(x + b * n, n, lo[b], hi[b]);
+  }
+
   // Finds the ranges of some blocks, then their parameters, a block in each lane, then calls
   // use(block, scale, inverse, offset) for each while its values are still in cache.
   template <class T, class Use>
@@ -181,8 +203,12 @@ struct Affine {
       const int64_t count = l.blocks - first < batch ? l.blocks - first : batch;
       float lo[W] = {};
       float hi[W] = {};
-      for (int64_t j = 0; j < count; ++j) {
-        statistics(x + (first + j) * l.block, l.block, spec.rule, lo[j], hi[j]);
+      if (!takes_means(spec.rule)) {
+        min_max_blocks(x + first * l.block, l.block, count, lo, hi);
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          statistics(x + (first + j) * l.block, l.block, spec.rule, lo[j], hi[j]);
+        }
       }
       const Found<V> found = Range<V>::parameters(V::load(lo), V::load(hi), spec);
       float scale[W];
@@ -319,7 +345,7 @@ struct Affine {
   static void min_max(const void* x, Layout l, float* lo, float* hi) {
     with_type(l.dtype, [&](auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
-      for (int64_t b = 0; b < l.blocks; ++b) min_max_block(in + b * l.block, l.block, lo[b], hi[b]);
+      min_max_blocks(in, l.block, l.blocks, lo, hi);
     });
   }
 

@@ -166,6 +166,22 @@ struct Avx512 {
     }
   }
 
+  // `horizontal` of four blocks at once, with half the shuffles.
+  static void horizontal4(const F* low, const F* high, float* lo, float* hi) {
+    __m256 m[4];
+    for (int i = 0; i < 4; ++i) {
+      const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(high[i]), _mm512_extractf32x8_ps(high[i], 1));
+      const __m256 l = _mm256_min_ps(_mm512_castps512_ps256(low[i]), _mm512_extractf32x8_ps(low[i], 1));
+      const __m256 n = _mm256_xor_ps(l, _mm256_set1_ps(-0.0f));
+      m[i] = _mm256_max_ps(_mm256_permute2f128_ps(h, n, 0x20), _mm256_permute2f128_ps(h, n, 0x31));
+    }
+    const __m256 a = _mm256_max_ps(_mm256_unpacklo_ps(m[0], m[1]), _mm256_unpackhi_ps(m[0], m[1]));
+    const __m256 b = _mm256_max_ps(_mm256_unpacklo_ps(m[2], m[3]), _mm256_unpackhi_ps(m[2], m[3]));
+    const __m256 r = _mm256_max_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    _mm_storeu_ps(hi, _mm256_castps256_ps128(r));
+    _mm_storeu_ps(lo, _mm_xor_ps(_mm256_extractf128_ps(r, 1), _mm_set1_ps(-0.0f)));
+  }
+
   // Smallest lane of `low` and largest of `high`. Both are folded together, -low in the upper half:
   // for groups of 32 these shuffles are most of the work.
   static void horizontal(F low, F high, float& lo, float& hi) {
