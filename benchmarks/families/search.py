@@ -2,7 +2,8 @@
 
     python benchmarks/families/search.py [--repeats 9] [--json]
 
-Bars, 1 thread: the grid of 20 ranges <= 8 times min-max, the exact optimum <= 40 times. "equal" stands for the
+Bars, 1 thread: the grid of 20 ranges <= 8 times min-max, the exact optimum <= 40 times; both for the search of ranges
+alone, and for the solvers (ranges and codes: "mse" and "mse_exact" against "rtn"). "equal" stands for the
 theorem on this tensor: exact <= grid <= min-max in squared error, in every one of its 786 432 groups.
 2 threads >= 1.5x.
 """
@@ -18,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Row, interleave, main
-from phiquant import ops
+from phiquant import ops, quantize_tensor
 
 ROWS, COLS, GROUP = 3072, 8192, 32
 SHAPE = (ROWS, COLS // GROUP)
@@ -45,6 +46,10 @@ def rows(repeats: int) -> list[Row]:
     runs["int4 sym, bf16: grid"] = lambda: ops.search_range(half, SHAPE, **absmax)
     repeats = max(2, repeats // 3)
     times = interleave(runs, repeats)
+    solvers = interleave(
+        {name: lambda name=name: quantize_tensor(x, "int4-g32-sym", name) for name in ("rtn", "mse", "mse_exact")},
+        repeats,
+    )
 
     plain, _, _ = ops.choose_range(x, SHAPE, **absmax)
     grid, _, _ = ops.search_range(x, SHAPE, **absmax)
@@ -62,6 +67,9 @@ def rows(repeats: int) -> list[Row]:
         for name, taken in times.items()
         if name != "min-max"
     ]
+    for name, most in (("mse", 8), ("mse_exact", 40)):
+        ratio = statistics.median(solvers[name]) / statistics.median(solvers["rtn"])
+        table.append(Row(f"solver {name}: {ratio:.1f} times rtn", solvers["rtn"], solvers[name], 1 / most))
 
     def with_threads(n: int, exact: bool) -> Callable[[], object]:
         def run() -> object:

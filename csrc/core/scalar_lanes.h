@@ -28,6 +28,7 @@ struct Scalar : Lane<ScalarRounding> {
   static void store(T* p, F v) {
     *p = from_float<T>(v);
   }
+  static bool any(Mask m) { return m; }
   static F first_lanes(F v, int64_t) { return v; }
   static F select_in_range(F t, F lo, F hi, F v) { return t >= lo && t <= hi ? v : 0.0f; }
   static F bits(uint32_t b) { return std::bit_cast<float>(b); }

@@ -1,11 +1,12 @@
 // The kernels of search.h over lanes V, as in range.inl; a lane holds a block, or a part of a long one.
 //
-// V gives, beyond what range.inl asks: width, load of each storage type, store of floats, first_lanes, bits,
+// V gives, beyond what range.inl asks: width, load of each storage type, store of floats, first_lanes, any, bits,
 // bit_and, bit_or, and transpose of width vectors.
 
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "core/codec.inl"
@@ -99,19 +100,20 @@ struct Search {
       for (int64_t i = 0; i < n; ++i) sum = V::add(sum, errors.squared(rows[i]));
       return sum;
     }
-    // Of three ranges at once: one load of a value serves them, and no range waits for the one before.
+    // Of several ranges at once: one load of a value serves them, and no range waits for the one before.
+    template <int kCount>
     void errors(const Found<V>* ranges, F* sums) const {
-      const E e[3] = {E(ranges[0], spec.grid), E(ranges[1], spec.grid), E(ranges[2], spec.grid)};
-      F a = V::set1(0.0f), b = a, c = a;
+      errors(ranges, sums, std::make_index_sequence<kCount>());
+    }
+    template <size_t... kIndex>
+    void errors(const Found<V>* ranges, F* sums, std::index_sequence<kIndex...>) const {
+      const E e[] = {E(ranges[kIndex], spec.grid)...};
+      F s[sizeof...(kIndex)] = {((void)kIndex, V::set1(0.0f))...};
       for (int64_t i = 0; i < n; ++i) {
         const F x = rows[i];
-        a = V::add(a, e[0].squared(x));
-        b = V::add(b, e[1].squared(x));
-        c = V::add(c, e[2].squared(x));
+        ((s[kIndex] = V::add(s[kIndex], e[kIndex].squared(x))), ...);
       }
-      sums[0] = a;
-      sums[1] = b;
-      sums[2] = c;
+      ((sums[kIndex] = s[kIndex]), ...);
     }
     void scan(F& lo, F& hi, F& poison) const {
       lo = V::set1(std::numeric_limits<float>::infinity());
@@ -177,8 +179,9 @@ struct Search {
         use(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
       }
     }
+    template <int kCount>
     void errors(const Found<V>* ranges, F* sums) const {
-      for (int i = 0; i < 3; ++i) sums[i] = error(ranges[i]);
+      for (int i = 0; i < kCount; ++i) sums[i] = error(ranges[i]);
     }
     F error(const Found<V>& range) const {
       const E errors(range, spec.grid);
@@ -239,12 +242,45 @@ struct Search {
     }
   };
 
+  // Ranges to try, some at a time, in the order in which they come. A range that makes more of the smallest and the
+  // largest value alone than the best range so far of all values, in every lane, is passed over: a sum of squares is
+  // not less than one of them.
   template <class Block>
-  static void take_best_of(const Block& block, const Found<V>* ranges, const F* ratios, F side, Best& best) {
-    F errors[3];
-    block.errors(ranges, errors);
-    for (int i = 0; i < 3; ++i) take_if_less(errors[i], ranges[i], ratios[i], side, best);
-  }
+  class Trials {
+   public:
+    Trials(const Block& block, F lo, F hi, Best& best) : block_(block), lo_(lo), hi_(hi), best_(best) {}
+    ~Trials() { run(); }
+    Trials(const Trials&) = delete;
+    Trials& operator=(const Trials&) = delete;
+
+    void add(const Found<V>& range, F ratio, F side) {
+      const typename Block::Error errors(range, block_.spec.grid);
+      const F ends = V::max(errors.squared(lo_), errors.squared(hi_));
+      if (!V::any(V::less(ends, best_.error))) return;
+      ranges_[count_] = range;
+      ratios_[count_] = ratio;
+      sides_[count_] = side;
+      if (++count_ == kMost) run();
+    }
+
+   private:
+    static constexpr int kMost = 3;
+    void run() {
+      F errors[kMost];
+      if (count_ == 3) block_.template errors<3>(ranges_, errors);
+      if (count_ == 2) block_.template errors<2>(ranges_, errors);
+      if (count_ == 1) block_.template errors<1>(ranges_, errors);
+      for (int i = 0; i < count_; ++i) take_if_less(errors[i], ranges_[i], ratios_[i], sides_[i], best_);
+      count_ = 0;
+    }
+
+    const Block& block_;
+    F lo_, hi_;
+    Best& best_;
+    int count_ = 0;
+    Found<V> ranges_[kMost];
+    F ratios_[kMost], sides_[kMost];
+  };
 
   template <class Block>
   static void take_if_better(const Block& block, const Found<V>& range, F ratio, F side, Best& best) {
@@ -290,10 +326,11 @@ struct Search {
   static void finer(const Block& block, F lo, F hi, int steps, float step, Best& best) {
     const F center = best.ratio;
     const F side = best.side;
+    Trials<Block> trials(block, lo, hi, best);
     for (int i = -steps; i <= steps; ++i) {
       if (i == 0) continue;
       const F ratio = V::add(center, V::set1(step * static_cast<float>(i)));
-      take_if_better(block, shrunk(lo, hi, ratio, side, block.spec), ratio, side, best);
+      trials.add(shrunk(lo, hi, ratio, side, block.spec), ratio, side);
     }
   }
 
@@ -305,19 +342,14 @@ struct Search {
     const F side = V::select(high, one, V::set1(-1.0f));  // that of the value of largest magnitude
     Best best{Range<V>::parameters(lo, hi, spec), one, one, side};
     best.error = lowered(block.error(best.range), block.n);
-    const auto ratio_of = [](int i) { return V::set1(1.0f - 0.04f * static_cast<float>(i)); };
-    const auto try_side = [&](int first, F anchor) {  // three ratios
-      const F ratios[3] = {ratio_of(first), ratio_of(first + 1), ratio_of(first + 2)};
-      const Found<V> ranges[3] = {shrunk(lo, hi, ratios[0], anchor, spec), shrunk(lo, hi, ratios[1], anchor, spec),
-                                  shrunk(lo, hi, ratios[2], anchor, spec)};
-      take_best_of(block, ranges, ratios, anchor, best);
-    };
     const F other = V::sub(V::set1(0.0f), side);
-    const bool both = spec.rule == Rule::signed_absmax;
-    if (both) take_if_better(block, shrunk(lo, hi, one, other, spec), one, other, best);
-    for (int i = 1; i < 16; i += 3) {
-      if (both) try_side(i, other);
-      try_side(i, side);
+    {
+      Trials<Block> trials(block, lo, hi, best);
+      for (int i = 0; i < 16; ++i) {
+        const F ratio = V::set1(1.0f - 0.04f * static_cast<float>(i));
+        if (spec.rule == Rule::signed_absmax) trials.add(shrunk(lo, hi, ratio, other, spec), ratio, other);
+        if (i > 0) trials.add(shrunk(lo, hi, ratio, side, spec), ratio, side);
+      }
     }
     const F two = V::set1(2.0f);  // the power of two above clips nothing
     if (spec.storage == Storage::e8m0) take_if_better(block, shrunk(lo, hi, two, side, spec), two, side, best);

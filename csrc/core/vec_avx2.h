@@ -28,6 +28,7 @@ struct Avx2 {
 
   static Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static Mask less_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+  static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static bool any_nan(F a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
   static F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
   static F power_of_two(F v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
