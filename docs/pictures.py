@@ -18,7 +18,7 @@ from phiquant import plots
 
 def compression() -> Any:
     """Bits a weight of Huffman-coded k-means codes, with their zeros or with gaps, as more of them are zero."""
-    from phiquant.compress import gaps
+    from phiquant.compression.writer import gaps
 
     w = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     shares = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98]

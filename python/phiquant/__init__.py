@@ -21,9 +21,21 @@ from . import (
     testing,
 )
 from .codebook_linear import CodebookLinear
-from .compress import compress
-from .decompress import CompressedSize, compressed_size, decompress, read_compressed
-from .deep_compression import CodebookConv2d, DeepCompression, deep_compress, share_weights
+from .compression import (
+    CodebookConv2d,
+    CompressedSize,
+    DeepCompression,
+    GradualPruning,
+    compress,
+    compressed_size,
+    decompress,
+    deep_compress,
+    finalize_pruning,
+    magnitude_mask,
+    prune,
+    read_compressed,
+    share_weights,
+)
 from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
@@ -41,7 +53,7 @@ from .observers import (
     PercentileObserver,
     TorchHistogramObserver,
 )
-from .prune import GradualPruning, finalize_pruning, magnitude_mask, prune
+from .packing import pack, unpack
 from .quantize import convert, prepare_qat, quantize
 from .recipe import Recipe
 from .solvers import quantize_tensor
@@ -125,6 +137,7 @@ __all__ = [
     "load",
     "magnitude_mask",
     "ops",
+    "pack",
     "prepare_qat",
     "prune",
     "qat",
@@ -136,6 +149,7 @@ __all__ = [
     "target",
     "testing",
     "to_integer",
+    "unpack",
     "vector_kmeans",
     "verify",
 ]

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phiquant import PhiquantError, digits
-from phiquant.compress import gaps
-from phiquant.decompress import _places, digest
+from phiquant.compression.reader import _places, digest
+from phiquant.compression.writer import gaps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

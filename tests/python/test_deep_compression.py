@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from phiquant import CodebookConv2d, CodebookLinear, PhiquantError, digits
-from phiquant.prune import sparsity
+from phiquant.compression.prune import sparsity
 from torch import Tensor, nn
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phiquant import PhiquantError
-from phiquant.prune import GradualPruning, PrunedConv2d, PrunedLinear, magnitude_mask, sparsity
+from phiquant.compression.prune import GradualPruning, PrunedConv2d, PrunedLinear, magnitude_mask, sparsity
 from torch import Tensor, nn
 
 OPTIMIZERS = {

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md", "docs/compression.md", "docs/elements.md", "docs/kmeans.md", "docs/methods.md", "docs/qat.md",
-    "docs/ranges.md",
+    "docs/ranges.md", "docs/storage.md",
 )  # fmt: skip
 
 

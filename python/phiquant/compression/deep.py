@@ -17,11 +17,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook_linear import CodebookLinear, Reduction
-from .compress import compress
-from .decompress import CompressedSize
-from .errors import PhiquantError
+from ..codebook_linear import CodebookLinear, Reduction
+from ..errors import PhiquantError
 from .prune import finalize_pruning, prune
+from .reader import CompressedSize
+from .writer import compress
 
 Tune = Callable[[nn.Module], Any]
 

@@ -1,4 +1,4 @@
-"""Read a compressed file and say what it takes, trusting none of its bytes. The layout is told in compress.py."""
+"""Read a compressed file and say what it takes, trusting none of its bytes. The layout is told in writer.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import ops
-from .errors import PhiquantError
-from .spec import spec as read_spec
-from .tensor import PARAMETERS, QuantizedTensor
+from .. import ops
+from ..errors import PhiquantError
+from ..spec import spec as read_spec
+from ..tensor import PARAMETERS, QuantizedTensor
 
 VERSION = "1"
 FILLER = 255

@@ -29,14 +29,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from . import ops
-from .codebook_linear import CodebookLinear
-from .decompress import FILLER, VERSION, CompressedSize, compressed_size, digest
-from .errors import PhiquantError
-from .formats.partial import PartialFile
-from .modules import StoredCodes
+from .. import ops
+from ..codebook_linear import CodebookLinear
+from ..errors import PhiquantError
+from ..formats.partial import PartialFile
+from ..modules import StoredCodes
+from ..tensor import PARAMETERS, QuantizedTensor
 from .prune import PrunedConv2d, PrunedLinear
-from .tensor import PARAMETERS, QuantizedTensor
+from .reader import FILLER, VERSION, CompressedSize, compressed_size, digest
 
 Parts = dict[str, Tensor]
 PART_BYTES = 80  # about what the container spends on one more part: its name, dtype, shape and place

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .errors import PhiquantError
+from ..errors import PhiquantError
 
 
 def magnitude_mask(w: Tensor, sparsity: float | None = None, granularity: str = "tensor") -> Tensor:
