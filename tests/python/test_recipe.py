@@ -61,7 +61,7 @@ def test_a_pattern_without_a_match_is_an_error():
         ('{"rule": {}}', "JSON object"),
         ('{"rules": []}', "maps patterns"),
         ('{"rules": {"a": 4}}', "not to a int"),
-        ('{"rules": {"a": "int9-g32-sym"}}', "2 to 8 bits"),
+        ('{"rules": {"a": "int9-g32-sym"}}', "1 to 8 bits"),
         ('{"rules": {"re:(": "float"}}', "not a regular expression"),
         ('{"rules": {"": "float"}}', "non-empty"),
         ('{"default": "gguf:Q9"}', "unknown target"),
