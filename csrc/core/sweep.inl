@@ -195,7 +195,8 @@ double sweep_block(int64_t n, Value value, double low, double high, double error
     const double b = static_cast<double>(inverse) * per_bucket;
     return b < static_cast<double>(total - 1) ? static_cast<int64_t>(b) : total - 1;
   };
-  auto& [buckets, breaks] = memory;
+  std::vector<Bucket>& buckets = memory.buckets;
+  std::vector<Break>& breaks = memory.breaks;
   buckets.assign(static_cast<size_t>(total) + 1, Bucket{0});
   breaks.resize(static_cast<size_t>(total));
   const auto each = [&](auto use) {
