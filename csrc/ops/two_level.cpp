@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
 namespace phiquant {
 namespace {
 
-constexpr int64_t kBatch = 4096;  // values that are worked on at a time: they stay in the first cache
+constexpr int64_t kBatch = 2048;  // values that are worked on at a time: with the results they stay in the first cache
 
 void fake_quantize_two_level_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                                  int64_t format, int64_t subs, int64_t sub_qmin, int64_t sub_qmax, int64_t sub_rule,
