@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Small tensors: more threads only wait for each other, and results do not depend on the machine.
@@ -14,7 +14,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 
 import phiquant as pq
 import pytest
+from phiquant import _C
 from phiquant.testing import random_phi3
+
+
+@pytest.fixture(params=_C.build_info()["cpu_levels"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every CPU level that this machine has, in turn."""
+    before = _C.cpu_level()
+    _C.set_cpu_level(request.param)
+    yield request.param
+    _C.set_cpu_level(before)
 
 
 @pytest.fixture(scope="session")

@@ -8,19 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phiquant import _C
 from torch import Tensor
 
 BITS = range(1, 9)
-
-
-@pytest.fixture(params=_C.build_info()["cpu_levels"])
-def level(request: pytest.FixtureRequest) -> str:
-    """Every CPU level that this machine has, in turn."""
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
 
 
 def random_codes(n: int, low: int, values: int, seed: int = 0) -> Tensor:

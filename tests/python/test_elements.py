@@ -52,15 +52,6 @@ CODEBOOKS = ["codebook2-tensor", "codebook16-tensor", "codebook16-row", "codeboo
 LEVELS = [name for name in _C.build_info()["cpu_levels"] if name != "avx512vnni"]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    """Every CPU level that this machine has, in turn."""
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -9,7 +9,6 @@ import ranges_reference as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phiquant import _C
 from torch import Tensor
 
 NASTY = [
@@ -27,14 +26,6 @@ NASTY = [
     float("-inf"),
     2.0**20,
 ]
-
-
-@pytest.fixture(params=_C.build_info()["cpu_levels"])
-def level(request: pytest.FixtureRequest) -> str:
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

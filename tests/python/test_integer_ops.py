@@ -17,15 +17,6 @@ from torch import Tensor
 LEVELS = _C.build_info()["cpu_levels"]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    """Every CPU level that this machine has, in turn."""
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
-
-
 def at_every_level(run):
     """The results of run() at each level; AssertionError unless they are the same bits."""
     before, results = _C.cpu_level(), []

@@ -21,14 +21,6 @@ W = torch.tensor(
 )
 
 
-@pytest.fixture(params=_C.build_info()["cpu_levels"])
-def level(request: pytest.FixtureRequest) -> str:
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
-
-
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
