@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phiquant import _C
 from torch import Tensor
 
 # element format: its largest exponent, its type, its largest value
@@ -19,15 +18,6 @@ ELEMENTS = {
     "mxfp8_e4m3": (8, ml_dtypes.float8_e4m3fn, 448.0),
     "mxfp8_e5m2": (15, ml_dtypes.float8_e5m2, 57344.0),
 }
-
-
-@pytest.fixture(params=_C.build_info()["cpu_levels"])
-def level(request: pytest.FixtureRequest) -> str:
-    """Every CPU level that this machine has, in turn."""
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -19,15 +19,6 @@ K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
 TWO_LEVEL = [*K_QUANTS, "nvfp4", "vsq4", "int4-g32-sym-uint8/128", "int8-g16-sym-bf16-int8/channel"]
 
 
-@pytest.fixture(params=_C.build_info()["cpu_levels"])
-def level(request: pytest.FixtureRequest) -> str:
-    """Every CPU level that this machine has, in turn."""
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.05
 
