@@ -35,14 +35,7 @@ struct Affine {
   using F = typename V::F;
   static constexpr int64_t W = V::width;
 
-  // The last, short vector of a block goes through a buffer; missing lanes repeat the first value.
-  template <class T>
-  static F load_part(const T* p, int64_t n) {
-    if constexpr (requires { V::load_part(p, n); }) return V::load_part(p, n);
-    T buffer[W];
-    for (int64_t i = 0; i < W; ++i) buffer[i] = p[i < n ? i : 0];
-    return V::load(buffer);
-  }
+  // The last, short vector of a block goes through a buffer.
   template <class T>
   static void store_part(T* p, F v, int64_t n) {
     T buffer[W];
@@ -56,7 +49,7 @@ struct Affine {
     for (; i + W <= n; i += W) c.store(codes + i, V::load(x + i));
     if (i < n) {
       int8_t buffer[W];
-      c.store(buffer, load_part(x + i, n - i));
+      c.store(buffer, load_part<V>(x + i, n - i));
       std::memcpy(codes + i, buffer, static_cast<size_t>(n - i));
     }
   }
@@ -76,14 +69,14 @@ struct Affine {
   static void fake_quantize_block(const T* x, int64_t n, const C& c, T* y) {
     int64_t i = 0;
     for (; i + W <= n; i += W) V::store(y + i, c.nearest(V::load(x + i)));
-    if (i < n) store_part(y + i, c.nearest(load_part(x + i, n - i)), n - i);
+    if (i < n) store_part(y + i, c.nearest(load_part<V>(x + i, n - i)), n - i);
   }
 
   template <class C, class T>
   static void backward_block(const T* grad, const T* x, int64_t n, const C& c, T* dx) {
     int64_t i = 0;
     for (; i + W <= n; i += W) V::store(dx + i, c.pass(V::load(x + i), V::load(grad + i)));
-    if (i < n) store_part(dx + i, c.pass(load_part(x + i, n - i), load_part(grad + i, n - i)), n - i);
+    if (i < n) store_part(dx + i, c.pass(load_part<V>(x + i, n - i), load_part<V>(grad + i, n - i)), n - i);
   }
 
   // A value that is not finite makes its product with 0, and so the sum, NaN.
@@ -92,7 +85,7 @@ struct Affine {
     const F zero = V::set1(0.0f);
     F sum = zero;
     for (int64_t i = 0; i < n; i += W) {
-      sum = V::add(sum, V::mul(i + W <= n ? V::load(x + i) : load_part(x + i, n - i), zero));
+      sum = V::add(sum, V::mul(i + W <= n ? V::load(x + i) : load_part<V>(x + i, n - i), zero));
     }
     return !V::any_nan(sum);
   }
@@ -116,7 +109,7 @@ struct Affine {
       high = V::max(V::max(highs[0], highs[1]), V::max(highs[2], highs[3]));
     }
     for (; i < n; i += W) {
-      const F v = i + W <= n ? V::load(x + i) : load_part(x + i, n - i);
+      const F v = i + W <= n ? V::load(x + i) : load_part<V>(x + i, n - i);
       low = V::min(v, low);
       high = V::max(v, high);
     }
@@ -140,7 +133,7 @@ struct Affine {
         for (F& s : sums) s = zero;
         for (int64_t i = start, k = 0; i < end; i += W, k = (k + 1) % kVectors) {
           const int64_t valid = end - i < W ? end - i : W;
-          const F v = V::abs(valid == W ? V::load(x + i) : V::first_lanes(load_part(x + i, valid), valid));
+          const F v = V::abs(valid == W ? V::load(x + i) : V::first_lanes(load_part<V>(x + i, valid), valid));
           const auto counted = V::less(threshold, v);
           sums[k] = V::add(sums[k], V::select(counted, v, zero));
           count += V::count(counted) - (above < 0.0f ? W - valid : 0);  // the lanes that are filled up hold 0

@@ -40,6 +40,15 @@ struct Lane {
   static F round_bf16(F a) { return Store::round_bf16(a); }
 };
 
+// The n values that are left of a block, fewer than a vector; missing lanes repeat the first value.
+template <class V, class T>
+typename V::F load_part(const T* p, int64_t n) {
+  if constexpr (requires { V::load_part(p, n); }) return V::load_part(p, n);
+  T buffer[V::width];
+  for (int64_t i = 0; i < V::width; ++i) buffer[i] = p[i < n ? i : 0];
+  return V::load(buffer);
+}
+
 // Scale and offset of one block, or of a vector of blocks.
 template <class V>
 struct Found {

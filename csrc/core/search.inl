@@ -34,13 +34,6 @@ struct Search {
     F side;
   };
 
-  template <class T>
-  static F load_part(const T* p, int64_t n) {
-    T buffer[W];
-    for (int64_t i = 0; i < W; ++i) buffer[i] = p[i < n ? i : 0];
-    return V::load(buffer);
-  }
-
   struct Value {
     float v;
   };
@@ -176,7 +169,7 @@ struct Search {
       }
       for (int64_t k = 0; i < end; i += W, ++k) {
         const int64_t valid = end - i < W ? end - i : W;
-        use(valid == W ? V::load(x + i) : load_part(x + i, valid), k, valid);
+        use(valid == W ? V::load(x + i) : load_part<V>(x + i, valid), k, valid);
       }
     }
     template <int kCount>
@@ -445,7 +438,7 @@ struct Search {
       F v[W];
       for (int64_t j = 0; j < W; ++j) {
         const T* p = x + (j < count ? j : count - 1) * n + i;
-        v[j] = i + W <= n ? V::load(p) : load_part(p, n - i);
+        v[j] = i + W <= n ? V::load(p) : load_part<V>(p, n - i);
       }
       V::transpose(v);
       for (int64_t k = 0; k < W && i + k < n; ++k) rows[i + k] = v[k];
