@@ -13,6 +13,9 @@
 namespace py = pybind11;
 
 namespace phiquant {
+
+void bind_pack_dense(py::module_& m);
+
 namespace {
 
 template <class T>
@@ -106,6 +109,7 @@ PYBIND11_MODULE(_C, m) {
         "int8 codes [blocks * 32], fp16 bits [blocks] -> GGUF Q8_0 bytes [blocks * 34]");
   m.def("pack_int32", &pack_int32_array, py::arg("codes"),
         "int8 codes in -8..7 [rows, cols] -> int32 [rows, cols / 8], code j + 8 in bits 4 (j % 8)");
+  bind_pack_dense(m);
 }
 
 }  // namespace phiquant
