@@ -1,17 +1,8 @@
-"""Models and texts to try things on: random miniatures, the outlier twin, the standard library's source.
-
-The texts are read from the running interpreter's own standard library, so nothing is downloaded or
-stored; they differ a little between Python versions.
-"""
+"""Models and texts to try things on: miniatures, random models, the outlier twin, the standard library's source."""
 
 from __future__ import annotations
 
 import copy
-import json
-import random
-import sysconfig
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +10,11 @@ from torch import nn
 
 from .errors import PhiquantError
 from .extras import need
+from .miniatures import miniature, random_model
 from .models import phi
+from .texts import END_OF_TEXT, heldout_text, training_text
 
-END_OF_TEXT = "<|endoftext|>"
+__all__ = ["END_OF_TEXT", "heldout_text", "miniature", "outlier_twin", "random_phi3", "training_text"]
 
 
 def random_phi3(seed: int = 0, **config: Any) -> Any:
@@ -45,17 +38,7 @@ def random_phi3(seed: int = 0, **config: Any) -> Any:
         "eos_token_id": 4091,
         "pad_token_id": 4091,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**{**sizes, **config})).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.uniform_(parameter, 0.5, 1.5)
-            elif "embed_tokens" in name or name == "lm_head.weight":
-                nn.init.normal_(parameter, std=0.2)
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    return model
+    return random_model(transformers.Phi3Config(**{**sizes, **config}), seed, table_std=0.2)
 
 
 @torch.no_grad()
@@ -77,49 +60,3 @@ def outlier_twin(model: nn.Module, channels: int = 3, factor: float = 30.0, seed
             norm.weight[chosen] *= factor
             linear.weight[:, chosen] /= factor
     return twin
-
-
-def _heldout_paths() -> list[Path]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = json.loads(files("phiquant").joinpath("data/heldout.json").read_text(encoding="utf-8"))
-    return [root / (name.replace(".", "/") + ".py") for name in names]
-
-
-def _read(paths: list[Path], characters: int | None) -> list[str]:
-    """The files' texts until `characters` are reached. Files that are not UTF-8 (some tests) are passed over."""
-    texts: list[str] = []
-    total = 0
-    for path in paths:
-        if characters is not None and total >= characters:
-            break
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, FileNotFoundError):
-            continue
-        total += len(texts[-1])
-    if not texts:
-        raise PhiquantError(
-            f"no source file of the standard library was found under {sysconfig.get_paths()['stdlib']}; "
-            "this Python has no .py files there, so give a text of your own"
-        )
-    return texts
-
-
-def heldout_text() -> str:
-    """The held-out modules of the standard library, which phi3-tiny never saw, joined by <|endoftext|>."""
-    return END_OF_TEXT.join(_read(_heldout_paths(), None))
-
-
-def training_text(characters: int | None = None, seed: int = 0) -> str:
-    """Standard library files that are not held out, in a shuffled order fixed by `seed`, joined by <|endoftext|>.
-
-    characters: stop after the file that reaches this length. Generated tables (300 kB and more) are left out.
-    """
-    root, heldout = Path(sysconfig.get_paths()["stdlib"]), set(_heldout_paths())
-    paths = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if "site-packages" not in path.parts and path not in heldout and path.stat().st_size < 300_000
-    ]
-    random.Random(seed).shuffle(paths)
-    return END_OF_TEXT.join(_read(paths, characters))
