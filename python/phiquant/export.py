@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import PhiquantError
 from .formats import receipt as receipts
+from .formats.registry import FORMATS, find
 from .formats.source import Progress
 from .model_source import ModelSource
 from .runtimes import check
@@ -19,8 +20,7 @@ from .runtimes.check import RuntimeResult
 from .spec import FloatName
 from .spec import spec as read_spec
 
-FORMATS = ("gguf", "safetensors")
-_WEIGHTS = ("*.safetensors", "*.gguf")
+_WEIGHTS = tuple(dict.fromkeys(pattern for one in FORMATS.values() for pattern in one.weights))
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,19 @@ def export(
     *,
     float_dtype: FloatName | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Write the model's codes into the folder `out`, with its tokenizer; read them back; return the receipt.
 
-    format: "gguf" (for llama.cpp) or "safetensors" (compressed-tensors, for transformers and vLLM).
+    format: one of formats.registry.FORMATS. options: of its writer.
     float_dtype: of the tensors without codes; None: the narrowest that holds their values exactly.
     PhiquantError, before anything is written, if the format cannot hold a grid exactly.
     """
     out = Path(out)
-    writer = format_module(format)
+    writer = find(format).writer()
     source = ModelSource(model, tokenizer, float_dtype)
     claim_folder(out, format)
-    writer.write(source, out, progress=progress)
+    writer.write(source, out, progress=progress, **options)
     return sign(out)
 
 
@@ -95,13 +96,13 @@ def verify(
     """
     out = Path(out)
     receipt = receipts.read(out)
-    reader = format_module(receipt["format"], "_reader")
+    reader = find(receipt["format"]).reader_module()
     files = list(_file_problems(out, receipt))
     tensors = list(_tensor_results(out, receipt, reader, decode))
     ok = not files and all(t.ok for t in tensors)
     runtime = None
     if run and ok:
-        runtime = _run(out, receipt, reader, text, reference, windows)
+        runtime = check.run(find(receipt["format"]), locate(out, receipt), text, reference, windows)
     return Report(receipt["format"], ok and (runtime is None or runtime.ok), tensors, files, runtime)
 
 
@@ -113,20 +114,10 @@ def sign(out: Path) -> dict[str, Any]:
         receipts.remove(out)
         raise PhiquantError(f"{out} does not hold what was written; the disk may be failing: {report}")
     receipt = receipts.read(out)
-    packages = {"gguf": "gguf", "safetensors": "safetensors"}[report.format]
-    receipt["verified"] = {
-        "tensors": len(report.tensors),
-        "reader": f"{packages} {receipts.version(packages)}",
-    }
+    package = find(report.format).reader
+    receipt["verified"] = {"tensors": len(report.tensors), "reader": f"{package} {receipts.version(package)}"}
     receipts.write(out, receipt)
     return receipt
-
-
-def format_module(name: str, part: str = "") -> Any:
-    """The writer, or with part "_reader" the reader, of a format."""
-    if name not in FORMATS:
-        raise PhiquantError(f"unknown format {name!r}; known formats: {', '.join(FORMATS)}")
-    return importlib.import_module(f".formats.{name}{part}", __package__)
 
 
 def claim_folder(out: Path, format: str) -> None:
@@ -206,19 +197,12 @@ def _difference(record: Mapping[str, Any], stored: Any, decode: bool) -> tuple[b
     return True, None
 
 
-def _run(
-    out: Path, receipt: Mapping[str, Any], reader: Any, text: str | None, reference: Any, windows: int
-) -> RuntimeResult:
-    path = locate(out, receipt)
-    run = check.run_gguf if receipt["format"] == "gguf" else check.run_safetensors
-    return run(path, reader, text, reference, windows)
-
-
 def locate(out: Path, receipt: Mapping[str, Any]) -> Path:
-    """What a reader or a runtime opens: the folder, or the one file of a GGUF export."""
-    if receipt["format"] != "gguf":
+    """What a reader or a runtime opens: the folder, or the one weight file of a format that has but one."""
+    format = find(receipt["format"])
+    if not format.single_file:
         return out
-    files = [name for name in receipt["files"] if name.endswith(".gguf")]
+    files = [name for name in receipt["files"] if any(fnmatch(name, pattern) for pattern in format.weights)]
     if len(files) != 1:
-        raise PhiquantError(f"{out / receipts.NAME} names {len(files)} GGUF files instead of one; export again")
+        raise PhiquantError(f"{out / receipts.NAME} names {len(files)} weight files instead of one; export again")
     return out / files[0]

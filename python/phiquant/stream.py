@@ -11,7 +11,8 @@ from typing import Any
 
 from .checkpoint_source import CheckpointSource
 from .errors import PhiquantError
-from .export import claim_folder, format_module, sign
+from .export import claim_folder, sign
+from .formats.registry import find
 from .formats.source import CHUNK_BYTES, Entry, Progress, row_slices
 from .recipe import Recipe
 from .spec import FLOAT_BITS, Target
@@ -65,7 +66,7 @@ def quantize_checkpoint(
     if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
     claim_folder(out, target.format)
-    format_module(target.format).write(source, out, progress=progress)
+    find(target.format).writer().write(source, out, progress=progress)
     return sign(out)
 
 
@@ -76,7 +77,7 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
     """
     target = find_target(target) if isinstance(target, str) else target
     source = _source(folder, target, solver, recipe)
-    writer = format_module(target.format)
+    writer = find(target.format).writer()
     for entry in source.entries:
         writer.check(entry)
     files = writer.sizes(source)

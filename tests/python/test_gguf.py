@@ -12,12 +12,13 @@ import pytest
 import torch
 from gguf_cases import Tensors
 from phiquant.errors import PhiquantError, UnsupportedModelError
-from phiquant.formats import gguf, gguf_metadata, gguf_reader, receipt
+from phiquant.formats import gguf, gguf_reader, receipt
 from phiquant.formats.gguf_names import gguf_name
 from phiquant.formats.gguf_tokenizer import model_name
 from phiquant.formats.gguf_vocab import Vocabulary
 from phiquant.formats.source import Entry
 from phiquant.models import phi
+from phiquant.models.rope import read_rope
 from phiquant.spec import QuantSpec
 from phiquant.spec import spec as read_spec
 from phiquant.tensor import QuantizedTensor
@@ -70,9 +71,9 @@ def test_codes_come_back(text: str, kind: str, small: Any, folder: Path, tmp_pat
             continue
         assert records[name]["stored_as"] == stored[name].stored_as == kind
         assert np.array_equal(stored[name].reference(), value.dequantize().numpy())
-        decoded = stored[name].decoded(spec)
-        assert np.array_equal(decoded.codes, value.codes.numpy())
-        assert np.array_equal(decoded.scales, value.scales.numpy())
+        read = stored[name].quantized(spec)
+        assert torch.equal(read.codes, value.codes)
+        assert torch.equal(read.scales, value.scales)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -169,13 +170,13 @@ def _config(**changes: Any) -> dict[str, Any]:
 
 
 def test_rope_has_two_spellings() -> None:
-    old = gguf_metadata.read_rope(_config(rope_theta=5e5, rope_scaling={"type": "longrope", **LONG}))
+    old = read_rope(_config(rope_theta=5e5, rope_scaling={"type": "longrope", **LONG}))
     parameters = {"rope_type": "longrope", "rope_theta": 5e5, "original_max_position_embeddings": 4096, **LONG}
-    new = gguf_metadata.read_rope(_config(original_max_position_embeddings=None, rope_parameters=parameters))
+    new = read_rope(_config(original_max_position_embeddings=None, rope_parameters=parameters))
     assert old == new
     assert old.attention_factor == pytest.approx(1.190238, abs=1e-6)
     assert (old.theta, old.dimensions, old.original_context) == (5e5, 32, 4096)
-    partial = gguf_metadata.read_rope(_config(partial_rotary_factor=0.75))
+    partial = read_rope(_config(partial_rotary_factor=0.75))
     assert (partial.dimensions, partial.long) == (24, None)
 
 
@@ -189,7 +190,7 @@ def test_rope_has_two_spellings() -> None:
 )
 def test_unknown_rope_is_refused(scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(PhiquantError, match=message):
-        gguf_metadata.read_rope(_config(rope_scaling=scaling))
+        read_rope(_config(rope_scaling=scaling))
 
 
 def test_sliding_window_is_written_with_a_warning(make_phi3: Any, folder: Path, tmp_path: Path) -> None:
@@ -302,8 +303,8 @@ def test_damaged_scales_are_found(small: Any, folder: Path, tmp_path: Path) -> N
     tensor = next(t for t in reader.tensors if t.name == gguf_name(name))
     tensor.data[5, 34] ^= 1  # second block of row 5: the first byte of its scale
     reader.data.flush()
-    with pytest.raises(PhiquantError, match="row 5, group 0: scales of one channel differ"):
-        gguf_reader.read(path)[name].decoded(read_spec(text))
+    with pytest.raises(PhiquantError, match="row 5, group 0: scales of one block differ"):
+        gguf_reader.read(path)[name].quantized(read_spec(text))
 
 
 def test_a_tensor_is_not_read_as_another_spec(small: Any, folder: Path, tmp_path: Path) -> None:

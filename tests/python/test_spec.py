@@ -77,7 +77,7 @@ def test_a_target_names_its_format() -> None:
     ("make", "message"),
     [
         (lambda: spec("int4"), "cannot read spec 'int4'"),
-        (lambda: spec("gguf:Q9_9"), "unknown target 'gguf:Q9_9'; known targets: gguf:F16"),
+        (lambda: spec("gguf:Q9_9"), "unknown target 'gguf:Q9_9'; known: gguf:F32"),
         (lambda: spec("gguf:F16"), "stores floats"),
         (lambda: spec("int9-g32-sym"), "1 to 8 bits, not 9"),
         (lambda: spec("int4-g0-sym"), "at least one value"),

@@ -20,7 +20,7 @@ from ..spec import spec, with_bits
 from .arguments import output_folder
 from .inspect import Stored, gguf_tensors, safetensors_tensors
 from .qat import train
-from .runners import Rows, exported_safetensors, gguf
+from .runners import Rows, exported
 from .session import DebugFlag, JsonFlag, Ui, session, size, table
 
 PROMPT = "def read_lines(path):\n"
@@ -138,7 +138,7 @@ def run_file(
 ) -> Row:
     """Check the export in `folder` against its receipt, run it where it belongs, compare with torch's `logits`."""
     path = max((folder / name for name in receipt["files"]), key=lambda file: file.stat().st_size)
-    run = gguf(path) if path.suffix == ".gguf" else exported_safetensors(folder)
+    run = exported(folder)
     same = evaluate.compare_logits(ids, run.logits(ids), logits)
     return Row(
         method=case.title,

@@ -9,10 +9,11 @@ from typing import Any
 
 from ..errors import PhiquantError
 from ..evaluate import model_logits
-from ..extras import need
+from ..export import locate
+from ..formats import receipt
+from ..formats.registry import FORMATS, Format, find
 from ..load import load
-from ..runtimes import llamacpp
-from ..runtimes.transformers import logits as transformers_logits
+from ..runtimes.check import runtime_of
 
 Rows = list[list[int]]
 
@@ -30,40 +31,35 @@ def runner(source: str) -> Runner:
     """Whatever `source` names: "phi3-tiny", a checkpoint, a hub name, a .gguf file, an exported folder."""
     path = Path(source)
     if path.is_file():
-        if path.suffix == ".gguf":
-            return gguf(path)
+        for format in FORMATS.values():
+            if format.single_file and any(path.match(pattern) for pattern in format.weights):
+                return in_runtime(format, path)
         raise PhiquantError(f"{path}: give a .gguf file, or the folder of a checkpoint or of an export")
     if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if files:
-            return gguf(files[0])
-        if (path / "receipt.json").is_file():
-            return exported_safetensors(path)
+        if (path / receipt.NAME).is_file():
+            return exported(path)
+        if files := sorted(path.glob("*.gguf")):
+            return in_runtime(find("gguf"), files[0])
     return checkpoint(source)
 
 
-def gguf(path: Path) -> Runner:
-    """A GGUF file in llama.cpp."""
-    return Runner("llama.cpp", _FileTokenizer(path), lambda rows: llamacpp.logits(path, rows))
+def exported(folder: Path) -> Runner:
+    """An exported folder in the runtime of its format."""
+    data = receipt.read(folder)
+    return in_runtime(find(data["format"]), locate(folder, data))
 
 
-def exported_safetensors(folder: Path) -> Runner:
-    """An exported folder in plain transformers."""
-    tokenizer = need("transformers", extra="hf").AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return Runner("transformers", tokenizer, lambda rows: transformers_logits(folder, rows))
+def in_runtime(format: Format, path: Path) -> Runner:
+    """A file or folder of `format` in its runtime, with the runtime's own tokenizer."""
+    runtime = runtime_of(format)
+
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": runtime.tokenize(path, [text])[0]}
+
+    return Runner(runtime.NAME, tokenizer, lambda rows: runtime.logits(path, rows))
 
 
 def checkpoint(source: str) -> Runner:
     """A float checkpoint in torch."""
     model, tokenizer = load(source)
     return Runner("torch", tokenizer, lambda rows: model_logits(model, rows))
-
-
-class _FileTokenizer:
-    """The tokenizer inside a GGUF file, callable as transformers' are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": llamacpp.tokenize(self.path, [text])[0]}

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import PhiquantError
 from ..models import phi
+from ..models.rope import Rope, read_rope
 from ..tensor import QuantizedTensor
 from . import gguf_metadata, receipt
 from .gguf_container import ALIGNMENT, F32, GGMLType, Metadata, TensorInfo, header
@@ -55,7 +56,7 @@ def write(source: Source, out_dir: Path, *, progress: Progress | None = None) ->
     receipt's "warnings" say where llama.cpp computes something else than Transformers.
     """
     phi.check_architecture(source.config)
-    rope = gguf_metadata.read_rope(source.config)
+    rope = read_rope(source.config)
     stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
     _check_complete(source)
     head, warnings = _header(source, rope, stored)
@@ -80,7 +81,7 @@ def write(source: Source, out_dir: Path, *, progress: Progress | None = None) ->
 
 def sizes(source: Source) -> dict[str, int]:
     """Exact bytes of the file that write() makes."""
-    rope = gguf_metadata.read_rope(source.config)
+    rope = read_rope(source.config)
     stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
     head, _ = _header(source, rope, stored)
     lengths = [s.info.nbytes for s in stored]
@@ -96,7 +97,7 @@ def _place(entry: Entry) -> _Stored:
     return _Stored(entry, TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry)))
 
 
-def _rope_tensors(rope: gguf_metadata.Rope) -> Iterator[_Stored]:
+def _rope_tensors(rope: Rope) -> Iterator[_Stored]:
     for kind, factors in (("long", rope.long), ("short", rope.short)):
         if factors is not None:
             name = f"rope_factors_{kind}.weight"
@@ -114,7 +115,7 @@ def _check_complete(source: Source) -> None:
             raise PhiquantError(f"{name} has the shape {list(have[name])}; by its config.json it is {list(shape)}")
 
 
-def _header(source: Source, rope: gguf_metadata.Rope, stored: list[_Stored]) -> tuple[bytes, list[str]]:
+def _header(source: Source, rope: Rope, stored: list[_Stored]) -> tuple[bytes, list[str]]:
     """The bytes before the first tensor, and what the reader of the receipt should know."""
     if source.tokenizer_dir is None:
         raise PhiquantError("a GGUF file holds the tokenizer, and this model came without one; pass it to export()")

@@ -6,10 +6,9 @@ N = rows, K = values of a row.
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ import numpy as np
 
 from ..errors import PhiquantError
 from ..extras import need
-from ..spec import PerGroup, QuantSpec
+from ..models import phi
+from ..spec import QuantSpec, spec
 from . import gguf_guard
+from .stored import Parts, StoredTensor, once
 
 BLOCK = 32
 _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-_CHUNK = 1 << 23  # values unpacked at once
+_SPECS = {kind: spec(f"gguf:{kind}") for kind in _BYTES}
 _WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -40,57 +41,40 @@ _LAYER = {
 _BLK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A quantized tensor: codes [N, K] int8 or uint8; scales and minimums float16 as the spec shapes them."""
-
-    codes: np.ndarray
-    scales: np.ndarray
-    minimums: np.ndarray | None
-
-
 @dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A tensor of a GGUF file, decoded on demand.
+class GGUFTensor(StoredTensor):
+    """A tensor of a GGUF file. LongRoPE's factors keep their GGUF name.
 
-    name: the Hugging Face name (LongRoPE's factors keep their GGUF name). stored_as: "Q4_0", "F16" ...
     data: as gguf-py maps it: the values of F32 and F16, the bytes [N, bytes of a row] of others.
     """
 
-    name: str
-    stored_as: str
-    shape: tuple[int, ...]
     data: np.ndarray
 
     @property
-    def quantized(self) -> bool:
-        return self.stored_as in _BYTES
+    def spec(self) -> QuantSpec | None:
+        return _SPECS.get(self.stored_as)
 
-    def decoded(self, spec: QuantSpec, rows: slice | None = None) -> Decoded:
-        """Codes and parameters of some rows in the words of `spec`: repeated scales are one again.
-
-        PhiquantError if the file's type holds no such spec, if scales that must be equal differ, or if a code is
-        outside the spec's range.
-        """
+    def parts(self, spec: QuantSpec, rows: slice | None = None) -> Parts:
+        """See StoredTensor.parts."""
         codes, scales, minimums = self._unpack(rows)
-        element = spec.element
-        if (minimums is None) != (spec.offset == "none") or codes.dtype != (np.int8 if element.signed else np.uint8):
+        if (minimums is None) != (spec.offset == "none") or codes.dtype != (
+            np.int8 if spec.element.signed else np.uint8
+        ):
             raise PhiquantError(f"{self.name}: the file has {self.stored_as}, which does not hold {spec}")
-        if codes.size and not element.qmin <= codes.min() <= codes.max() <= element.qmax:
-            raise PhiquantError(
-                f"{self.name}: codes {codes.min()}..{codes.max()} in the file, {element.qmin}..{element.qmax} in {spec}"
-            )
-        shape = (codes.shape[0], self.shape[1])
-        collapsed = [m if m is None else self._collapse(m, spec, shape) for m in (scales, minimums)]
-        assert collapsed[0] is not None
-        return Decoded(codes, collapsed[0], collapsed[1])
+        shape = spec.scale_shape((codes.shape[0], self.shape[1]))
+        stored = {"scales": scales} | ({} if minimums is None else {"minimums": minimums})
+        return {"codes": codes} | {key: once(self.name, value, shape) for key, value in stored.items()}
+
+    def raw(self, rows: slice | None = None) -> np.ndarray:
+        """See StoredTensor.raw."""
+        return np.ascontiguousarray(self._rows(rows))
 
     def values(self, rows: slice | None = None) -> np.ndarray:
         """The real values, float32, by the formulas of the format."""
         if self.stored_as == "BF16":
             bits = np.ascontiguousarray(self._rows(rows)).view("<u2").astype(np.uint32) << 16
             return bits.view(np.float32)
-        if not self.quantized:
+        if self.spec is None:
             return np.asarray(self._rows(rows), np.float32)
         codes, scales, minimums = self._unpack(rows)
         blocks = codes.reshape(len(codes), -1, BLOCK) * scales.astype(np.float32)[..., None]
@@ -104,36 +88,7 @@ class StoredTensor:
         kind = need("gguf", extra="gguf").GGMLQuantizationType[self.stored_as]
         return np.asarray(quants.dequantize(np.ascontiguousarray(self._rows(rows)), kind), np.float32)
 
-    def digests(self, spec: QuantSpec | None) -> dict[str, str]:
-        """What the receipt lists: SHA-256 of codes and parameters in the words of `spec`, or of the float bytes."""
-        if spec is None:
-            values = hashlib.sha256()
-            for rows in self.row_slices():
-                values.update(np.ascontiguousarray(self._rows(rows)).view(np.uint8).data)
-            return {"values": values.hexdigest()}
-        if not self.quantized:
-            raise PhiquantError(f"{self.name}: the file has {self.stored_as}, the receipt says {spec}")
-        codes = hashlib.sha256()
-        scales, minimums = [], []
-        for rows in self.row_slices():
-            part = self.decoded(spec, rows)
-            codes.update(np.ascontiguousarray(part.codes).data)
-            scales.append(part.scales)
-            minimums += [] if part.minimums is None else [part.minimums]
-        parameters = hashlib.sha256()
-        for parts in (scales, minimums):
-            for kept in self._joined(parts, spec):
-                parameters.update(np.ascontiguousarray(kept).data)
-        return {"codes": codes.hexdigest(), "parameters": parameters.hexdigest()}
-
-    def row_slices(self) -> Iterator[slice]:
-        """Slices of the rows, so that a large tensor is never decoded at once."""
-        step = max(1, _CHUNK // max(1, self.shape[-1])) if len(self.shape) == 2 else _CHUNK
-        for start in range(0, self.shape[0], step):
-            yield slice(start, min(start + step, self.shape[0]))
-            self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         """Give back the pages that were read: those of a mapped file count as this process' memory."""
         mapped: Any = self.data
         while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
@@ -146,8 +101,6 @@ class StoredTensor:
 
     def _unpack(self, rows: slice | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """codes [N, K], scales [N, K/32] float16, minimums likewise or None."""
-        if not self.quantized:
-            raise PhiquantError(f"{self.name}: the file has {self.stored_as}, which has no codes")
         data = np.ascontiguousarray(self._rows(rows))
         blocks = data.reshape(len(data), -1, _BYTES[self.stored_as])
         scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
@@ -160,32 +113,11 @@ class StoredTensor:
             return codes.astype(np.int8) - np.int8(8), scales, None
         return codes, scales, np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0]
 
-    def _collapse(self, stored: np.ndarray, spec: QuantSpec, shape: tuple[int, int]) -> np.ndarray:
-        """[N, K/32] -> spec.scale_shape(shape). The bits of repeated parameters must agree."""
-        wanted = spec.scale_shape(shape)
-        repeats = shape[1] // BLOCK // wanted[1] if isinstance(spec.granularity, PerGroup) else shape[1] // BLOCK
-        bits = np.ascontiguousarray(stored).view(np.uint16).reshape(shape[0], -1, repeats)
-        first = bits[:1, :, :1] if wanted[0] == 1 else bits[..., :1]
-        if not (bits == first).all():
-            row, group, _ = (int(i) for i in np.argwhere(bits != first)[0])
-            raise PhiquantError(
-                f"{self.name}: row {row}, group {group}: scales of one {spec.granularity} differ; the file is damaged"
-            )
-        return first[..., 0].view(np.float16)
 
-    def _joined(self, parts: list[np.ndarray], spec: QuantSpec) -> list[np.ndarray]:
-        """Parameters of consecutive rows; those of a whole tensor must be the same in each part."""
-        if not parts or spec.scale_shape(self.shape)[0] == self.shape[0]:
-            return parts
-        if any(part.tobytes() != parts[0].tobytes() for part in parts):
-            raise PhiquantError(f"{self.name}: the scale of the whole tensor differs between rows; the file is damaged")
-        return parts[:1]
-
-
-def read(path: str | Path) -> dict[str, StoredTensor]:
+def read(path: str | Path) -> dict[str, GGUFTensor]:
     """Every tensor by its Hugging Face name. PhiquantError for a file that is damaged or not a Phi-3's."""
     tensors = (
-        StoredTensor(_hf_name(t.name), t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), t.data)
+        GGUFTensor(_hf_name(t.name), t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), t.data)
         for t in _open(path).tensors
     )
     return {t.name: t for t in tensors}
@@ -194,6 +126,45 @@ def read(path: str | Path) -> dict[str, StoredTensor]:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The key-value pairs: str, int, float, bool, or lists of them."""
     return gguf_guard.read_metadata(Path(path))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The config.json that the file's metadata stands for."""
+    metadata, stored = read_metadata(path), read(path)
+    try:
+        return _config({k.removeprefix("phi3."): v for k, v in metadata.items()}, stored)
+    except KeyError as error:
+        raise PhiquantError(f"{path} lacks the key phi3.{error.args[0]}; export again") from error
+
+
+def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    heads, hidden = int(keys["attention.head_count"]), int(keys["embedding_length"])
+    original = int(keys.get("rope.scaling.original_context_length", keys["context_length"]))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10000.0))}
+    rope["partial_rotary_factor"] = int(keys.get("rope.dimension_count", hidden // heads)) / (hidden // heads)
+    if "rope_factors_long.weight" in stored:
+        factors = {f"{k}_factor": stored[f"rope_factors_{k}.weight"].values().tolist() for k in ("long", "short")}
+        rope |= {"rope_type": "longrope", "attention_factor": keys.get("rope.scaling.attn_factor"), **factors}
+        rope["original_max_position_embeddings"] = original
+    return {
+        "architectures": [phi.ARCHITECTURE],
+        "model_type": phi.MODEL_TYPE,
+        "vocab_size": stored[f"{phi.EMBEDDING}.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": int(keys["feed_forward_length"]),
+        "num_hidden_layers": int(keys["block_count"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(keys.get("attention.head_count_kv", heads)),
+        "max_position_embeddings": int(keys["context_length"]),
+        "original_max_position_embeddings": original,
+        "rms_norm_eps": float(keys["attention.layer_norm_rms_epsilon"]),
+        "sliding_window": keys.get("attention.sliding_window") or None,
+        "rope_parameters": rope,
+        "tie_word_embeddings": f"{phi.HEAD}.weight" not in stored,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
 
 
 def _open(path: str | Path) -> Any:

@@ -6,9 +6,8 @@ K = values of a row.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,34 +19,47 @@ from safetensors import SafetensorError, safe_open
 from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec
+from ..spec import spec as read_spec
+from .stored import Parts, StoredTensor
 
-_CHUNK = 1 << 22  # values decoded at once
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SCALES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """A weight of the folder, decoded on demand.
+class FolderTensor(StoredTensor):
+    """A weight of the folder.
 
-    name: "<module>.weight". stored_as: the name of the tensor that holds its codes or values.
-    scheme: its config group in config.json, None if it is float. places: file of each of its tensors.
+    stored_as: the name of the tensor that holds its codes or values. scheme: its config group in
+    config.json, None if it is float. places: file of each of its tensors.
     """
 
-    name: str
-    stored_as: str
     scheme: Mapping[str, Any] | None
     places: Mapping[str, Path]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        if self._packed:
-            return tuple(int(n) for n in self._get("_shape"))
-        with _open(self.places[self.stored_as]) as file:
-            return tuple(file.get_slice(self.stored_as).get_shape())
+    def spec(self) -> QuantSpec | None:
+        if self.scheme is None:
+            return None
+        weights = self.scheme["weights"]
+        size = {"group": f"g{weights.get('group_size')}"}.get(weights["strategy"], weights["strategy"])
+        kind = "signmax" if size.startswith("g") else "sym"
+        return read_spec(f"int{weights['num_bits']}-{size}-{kind}-{_SCALES[self.scales().dtype]}")
 
-    @property
-    def quantized(self) -> bool:
-        return self.scheme is not None
+    def parts(self, spec: QuantSpec, rows: slice | None = None) -> Parts:
+        """See StoredTensor.parts."""
+        rows = rows or slice(0, self.shape[0])
+        scales = self.scales()
+        whole = scales.numel() == 1
+        scales = scales.reshape(1, 1) if whole else scales[rows]
+        if tuple(scales.shape) != spec.scale_shape((rows.stop - rows.start, self.shape[1])):
+            raise PhiquantError(f"{self.name}: the file has scales {list(self.scales().shape)}, which are not {spec}'s")
+        bits = scales.view(torch.int16) if scales.dtype == torch.bfloat16 else scales
+        return {"codes": self.codes(rows), "scales": bits.numpy()}
+
+    def raw(self, rows: slice | None = None) -> np.ndarray:
+        """See StoredTensor.raw."""
+        values = self._get_rows(self.name, rows or slice(0, self.shape[0]))
+        return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
     @property
     def _packed(self) -> bool:
@@ -71,7 +83,7 @@ class StoredTensor:
     def values(self, rows: slice | None = None) -> np.ndarray:
         """The real values, float32, by the formula: code times scale."""
         rows = rows or slice(0, self.shape[0])
-        if not self.quantized:
+        if self.scheme is None:
             return np.asarray(self._get_rows(self.name, rows).float().numpy())
         codes = self.codes(rows)
         scales = self._scales_of(rows).float().numpy()
@@ -97,34 +109,6 @@ class StoredTensor:
         decoded = registry.get_value_from_registry(scheme.format).decompress(state, scheme)
         return np.asarray(decoded["weight"].numpy())
 
-    def digests(self, spec: QuantSpec | None) -> dict[str, str]:
-        """What the receipt lists: SHA-256 of codes and parameters in the words of `spec`, or of the float bytes."""
-        if (spec is not None) != self.quantized:
-            found = "codes" if self.quantized else "float values"
-            raise PhiquantError(f"{self.name}: the file has {found}, the receipt says {spec or 'float'}")
-        digest = hashlib.sha256()
-        for rows in self.row_slices():
-            if spec is None:
-                digest.update(_bytes(self._get_rows(self.name, rows)))
-            else:
-                codes = self.codes(rows)
-                if codes.size and not spec.element.qmin <= codes.min() <= codes.max() <= spec.element.qmax:
-                    raise PhiquantError(
-                        f"{self.name}: codes {codes.min()}..{codes.max()} in the file do not fit {spec}"
-                    )
-                digest.update(np.ascontiguousarray(codes).data)
-        if spec is None:
-            return {"values": digest.hexdigest()}
-        return {"codes": digest.hexdigest(), "parameters": hashlib.sha256(_bytes(self.scales())).hexdigest()}
-
-    def row_slices(self) -> Iterator[slice]:
-        """Slices of the rows, so that a large tensor is never decoded at once."""
-        shape = self.shape
-        rows = shape[0] if shape else 1
-        step = max(1, _CHUNK // max(1, int(np.prod(shape[1:]))))
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
-
     def _scales_of(self, rows: slice) -> torch.Tensor:
         """[N, groups] of some rows; the one scale of a whole tensor is repeated."""
         scales = self.scales()
@@ -145,7 +129,7 @@ class StoredTensor:
             return file.get_slice(name)[rows].clone().contiguous()
 
 
-def read(folder: str | Path) -> dict[str, StoredTensor]:
+def read(folder: str | Path) -> dict[str, FolderTensor]:
     """Every weight by its Hugging Face name. PhiquantError for a folder that is damaged."""
     folder = Path(folder)
     config = _json(folder / "config.json").get("quantization_config") or {}
@@ -159,8 +143,25 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
             weight = name.removesuffix("_packed")
             coded = f"{weight}_scale" in places
             scheme = _scheme(config, weight.removesuffix(".weight")) if coded else None
-            result[weight] = StoredTensor(weight, name, scheme, places)
+            result[weight] = FolderTensor(weight, name, _shape(weight, name, places), scheme, places)
     return result
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of the model in the folder."""
+    config = _json(Path(folder) / "config.json")
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")}
+
+
+def _shape(weight: str, name: str, places: Mapping[str, Path]) -> tuple[int, ...]:
+    """Of the weight: stored beside packed codes."""
+    if name.endswith("_packed"):
+        if f"{weight}_shape" not in places:
+            raise PhiquantError(f"{weight}: the folder has no tensor {weight}_shape; export again")
+        with _open(places[f"{weight}_shape"]) as file:
+            return tuple(int(n) for n in file.get_tensor(f"{weight}_shape"))
+    with _open(places[name]) as file:
+        return tuple(file.get_slice(name).get_shape())
 
 
 def _files(folder: Path) -> list[Path]:
@@ -195,7 +196,3 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise PhiquantError(f"{path} is not a whole safetensors file: {error}; export again") from error
-
-
-def _bytes(t: torch.Tensor) -> memoryview:
-    return t.contiguous().reshape(-1).view(torch.uint8).numpy().data

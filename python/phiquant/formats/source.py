@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +27,14 @@ class Entry:
     name: the Hugging Face name, such as "model.layers.0.mlp.down_proj.weight".
     spec: its grid, or None if it stays float.
     dtype: how a float tensor is to be stored (a writer may widen it); of no meaning if spec is given.
+    origin: how its codes were chosen, for the receipt: solver, statistics ...
     """
 
     name: str
     shape: tuple[int, ...]
     spec: QuantSpec | None
     dtype: FloatName = "bfloat16"
+    origin: Mapping[str, Any] | None = None
 
     @property
     def numel(self) -> int:

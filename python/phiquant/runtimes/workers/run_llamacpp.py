@@ -1,9 +1,7 @@
-"""Runs llama.cpp in a process of its own: `python llamacpp_worker.py request.json`.
+"""Runs llama.cpp in a process of its own: `python run_llamacpp.py request.json` (see exchange.py).
 
-llama.cpp aborts its process on some broken files, so it never runs inside the user's. This file is
-run by its path and imports nothing of phiquant: no torch is loaded beside llama.cpp, and a call
-starts in a fraction of a second. It reads a request, writes result.json (and logits-<i>.npy, float32
-[T, V], one per window) beside it, and reports errors on stderr.
+llama.cpp aborts its process on some broken files, so it never runs inside the user's. No torch is loaded
+beside it: a call starts in a fraction of a second.
 
 The library is the one inside the package xllamacpp, which exports llama.cpp's C functions.
 """
@@ -11,12 +9,12 @@ The library is the one inside the package xllamacpp, which exports llama.cpp's C
 from __future__ import annotations
 
 import ctypes as C
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exchange import create_logits, serve
 
 POINTER = C.POINTER
 WARN, CONTINUED = 3, 5  # ggml_log_level
@@ -180,8 +178,7 @@ def logits(model: Model, request: dict[str, Any], folder: Path) -> dict[str, Any
                 context.close()
             context = model.context(size, request)
         context.restart()
-        shape = (len(window), model.vocab_size)
-        out = np.lib.format.open_memmap(folder / f"logits-{index}.npy", mode="w+", dtype=np.float32, shape=shape)
+        out = create_logits(folder, index, (len(window), model.vocab_size))
         for start in range(0, len(window), CHUNK):
             chunk = window[start : start + CHUNK]
             out[start : start + len(chunk)] = context.decode(chunk, start)
@@ -209,23 +206,15 @@ def generate(model: Model, request: dict[str, Any]) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "tokens": new, "text": model.detokenize(new)}
 
 
-def main() -> None:
-    """Answer the request whose file is the first argument."""
-    path = Path(sys.argv[1])
-    request = json.loads(path.read_text(encoding="utf-8"))
+def act(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Logits, token ids or a continuation."""
     model = Model(request["library"], request["model"])
     if request["action"] == "logits":
-        result = logits(model, request, path.parent)
-    elif request["action"] == "tokenize":
-        result = {"ids": [model.tokenize(text, request["add_special"]) for text in request["texts"]]}
-    else:
-        result = generate(model, request)
-    (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        return logits(model, request, folder)
+    if request["action"] == "tokenize":
+        return {"ids": [model.tokenize(text, request["add_special"]) for text in request["texts"]]}
+    return generate(model, request)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    serve(act)

@@ -1,0 +1,36 @@
+"""What a target is: a named grid of a deployment format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..quant_spec import FloatName, QuantSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """A named grid of a deployment format: "<format>:<grid>".
+
+    spec: the grid; None where weights stay float, in `float_dtype`.
+    activations: the grid on which the runtime rounds activations by the file's own word; None: it computes with floats.
+    note: a limit that a user should know, in one sentence.
+    """
+
+    name: str
+    spec: QuantSpec | None
+    float_dtype: FloatName = "bfloat16"
+    activations: QuantSpec | None = None
+    note: str = ""
+
+    @property
+    def format(self) -> str:
+        return self.name.partition(":")[0]
+
+
+def floats(format: str) -> tuple[Target, ...]:
+    """The targets of a format that store weights as F32, F16 and BF16."""
+    return (
+        Target(f"{format}:F32", None, "float32"),
+        Target(f"{format}:F16", None, "float16"),
+        Target(f"{format}:BF16", None, "bfloat16"),
+    )

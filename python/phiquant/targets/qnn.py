@@ -1,0 +1,7 @@
+"""Targets of static QDQ ONNX models, for Qualcomm's QNN."""
+
+from __future__ import annotations
+
+from .base import Target
+
+TARGETS: tuple[Target, ...] = ()
