@@ -11,39 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from phiquant.testing import generate_checkpoint
 
 MEMORY_BAR, SPEED_BAR = 1 << 30, 4.0
-SHARD_PARAMETERS = 250_000_000
-CONFIG = {
-    "architectures": ["Phi3ForCausalLM"],
-    "model_type": "phi3",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-    "max_position_embeddings": 4096,
-    "original_max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "sliding_window": None}  # 17 layers: 1.0 G parameters
 CHILD = """
 import json, sys, time
 import torch
@@ -57,39 +39,6 @@ done = time.perf_counter()
 print(json.dumps({"seconds": done - planned, "plan_seconds": planned - began, "peak": stream.peak_memory_here(),
                   "imports": before, "plan": plan.to_dict(), "tensors": len(receipt["tensors"])}))
 """
-
-
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Random bf16 shards with index, config and phi3-tiny's tokenizer; returns the number of parameters."""
-    from phiquant.models import phi
-    from safetensors.torch import save_file
-
-    config = {**CONFIG, "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(str(files("phiquant") / "data" / "phi3-tiny" / name), folder / name)
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    held = total = 0
-    for name, shape in phi.tensors(config):
-        count = int(np.prod(shape))
-        if held + count > SHARD_PARAMETERS:
-            shards.append([])
-            held = 0
-        shards[-1].append((name, shape))
-        held, total = held + count, total + count
-    generator = torch.Generator().manual_seed(0)
-    weight_map = {}
-    for index, shard in enumerate(shards):
-        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            for name, shape in shard
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    index_text = json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index_text)
-    return total
 
 
 def stream_once(folder: Path, out: Path, target: str, threads: int) -> dict[str, Any]:
@@ -172,8 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="phiquant-stream-", dir=arguments.folder) as place:
         checkpoint, out = Path(place) / "checkpoint", Path(place) / "out"
-        checkpoint.mkdir()
-        parameters = make_checkpoint(checkpoint, arguments.layers)
+        parameters = generate_checkpoint("phi-3-mini", checkpoint, **SIZES, num_hidden_layers=arguments.layers)
         run = stream_once(checkpoint, out, arguments.target, arguments.threads)
         size = sum(path.stat().st_size for path in out.iterdir())
     raced = race(arguments.rounds)

@@ -12,9 +12,18 @@ from .errors import PhiquantError
 from .extras import need
 from .miniatures import miniature, random_model
 from .models import phi
+from .random_checkpoint import generate_checkpoint
 from .texts import END_OF_TEXT, heldout_text, training_text
 
-__all__ = ["END_OF_TEXT", "heldout_text", "miniature", "outlier_twin", "random_phi3", "training_text"]
+__all__ = [
+    "END_OF_TEXT",
+    "generate_checkpoint",
+    "heldout_text",
+    "miniature",
+    "outlier_twin",
+    "random_phi3",
+    "training_text",
+]
 
 
 def random_phi3(seed: int = 0, **config: Any) -> Any:
