@@ -237,12 +237,12 @@ class PartialFile:
         return self._file.fileno()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that its name never stands for half of it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file (text as UTF-8) so that its name never stands for half of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
