@@ -183,7 +183,7 @@ def test_rope_has_two_spellings() -> None:
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"type": "yarn", "factor": 4.0}, "RoPE of type 'yarn'"),
+        ({"type": "linear", "factor": 4.0}, "RoPE of type 'linear'"),
         ({"type": "longrope", "long_factor": [1.0] * 16}, "short_factor must be a list of 16"),
         ({"type": "longrope", "long_factor": [1.0] * 3, "short_factor": [1.0] * 16}, "long_factor must be"),
     ],

@@ -1,5 +1,10 @@
+import json
+
+import phiquant as pq
 import pytest
+from phiquant import stream
 from phiquant.errors import PhiquantError, UnsupportedModelError
+from phiquant.load import read_config
 from phiquant.models import phi
 
 
@@ -61,6 +66,30 @@ def test_relatives_are_refused_by_name(architecture, model_type, says):
         phi.check_architecture({"architectures": [architecture], "model_type": model_type})
     assert architecture in str(caught.value)
     assert "Phi3ForCausalLM" in str(caught.value)
+
+
+NAMED = {
+    "phi": ("PhiForCausalLM", "Phi-1, Phi-1.5 and Phi-2"),
+    "mixformer-sequential": ("MixFormerSequentialForCausalLM", "Phi-1.5"),
+    "phi-msft": ("PhiForCausalLM", "Phi-2"),
+    "phi3small": ("Phi3SmallForCausalLM", "Phi-3-small"),
+    "phimoe": ("PhiMoEForCausalLM", "Phi-3.5-MoE"),
+    "phi3_v": ("Phi3VForCausalLM", "Phi-3-vision"),
+    "phi4mm": ("Phi4MMForCausalLM", "Phi-4-multimodal"),
+    "phi4_multimodal": ("Phi4MultimodalForCausalLM", "Phi-4-multimodal"),
+    "phi4flash": ("Phi4FlashForCausalLM", "Phi-4-mini-flash"),
+}
+
+
+@pytest.mark.parametrize("model_type", NAMED)
+def test_every_relative_is_refused_wherever_it_comes_in(model_type, tmp_path):
+    assert set(NAMED) == set(phi._RELATIVES)
+    architecture, says = NAMED[model_type]
+    for config in ({"model_type": model_type}, {"model_type": model_type, "architectures": [architecture]}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for enter in (pq.load, lambda folder: stream.plan(folder, "gguf:Q4_0"), read_config):
+            with pytest.raises(UnsupportedModelError, match=rf"is not supported: .*{says}.*phiquant supports Phi3For"):
+                enter(tmp_path)
 
 
 def test_a_quantized_checkpoint_is_refused():

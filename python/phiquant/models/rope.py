@@ -10,6 +10,9 @@ from typing import Any
 from ..errors import PhiquantError
 from . import phi
 
+_LONGROPE = ("longrope", "su", "yarn")  # the second and third are what the first checkpoints called it
+_ORIGINAL, _DEFAULT_ORIGINAL = "original_max_position_embeddings", 4096
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -25,32 +28,57 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any]) -> Rope:
-    """Read `rope_scaling` with `rope_theta`, or `rope_parameters` (Transformers 5), which wins."""
+    """Read `rope_scaling` with `rope_theta`, or `rope_parameters` (Transformers 5), as Transformers does.
+
+    If both are there, `rope_scaling` counts; `original_max_position_embeddings` beside them counts more than within.
+    PhiquantError if a value is missing, no number, or one that Transformers would not heed.
+    """
     n = phi.sizes(config)
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = _number(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0, "rope_theta")
     partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    dimensions = int(partial * n.head_dim)
+    dimensions = int(_number(partial, "partial_rotary_factor") * n.head_dim)
+    if not 0 < dimensions <= n.head_dim or dimensions % 2:
+        raise PhiquantError(
+            f"config.json: {partial} of a head of {n.head_dim} is no even number of dimensions to rotate"
+        )
     context = _integer(config, "max_position_embeddings")
-    original = _integer({**config, **scaling}, "original_max_position_embeddings", context)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
-        return Rope(theta, dimensions, context, original)
-    if kind not in ("longrope", "su"):
-        raise PhiquantError(f"config.json: RoPE of type {kind!r} is none of Phi-3's; 'default' and 'longrope' can")
-    factors = {name: _factors(scaling, f"{name}_factor", dimensions // 2) for name in ("short", "long")}
-    factor = scaling.get("factor") or context / original
+        return Rope(theta, dimensions, context, _integer(config, _ORIGINAL, context))
+    if kind not in _LONGROPE:
+        raise PhiquantError(f"config.json: RoPE of type {kind!r} is none of Phi-3's; 'default' and 'longrope' are")
+    original = _integer(config, _ORIGINAL, scaling.get(_ORIGINAL) or _DEFAULT_ORIGINAL)
+    short, long = (_factors(scaling, f"{name}_factor", dimensions // 2) for name in ("short", "long"))
+    return Rope(theta, dimensions, context, original, short, long, _attention_factor(scaling, context, original))
+
+
+def _attention_factor(scaling: Mapping[str, Any], context: int, original: int) -> float:
+    """What cosines and sines are multiplied with at every length."""
+    factor = _number(scaling.get("factor") or context / original, "factor")
     computed = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    attention = scaling.get("attention_factor")
-    attention = computed if attention is None else float(attention)
-    return Rope(theta, dimensions, context, original, factors["short"], factors["long"], attention)
+    given = scaling.get("attention_factor")
+    used = computed if given is None else _number(given, "attention_factor")
+    for key in ("short_mscale", "long_mscale"):
+        if scaling.get(key) is not None and not math.isclose(_number(scaling[key], key), used, rel_tol=1e-6):
+            raise PhiquantError(
+                f"config.json: {key} {scaling[key]} belongs to Phi-3.5-MoE; Transformers ignores it in phi3 and "
+                f"multiplies with {used:.6g}. Remove it, or give that number as attention_factor"
+            )
+    return used
 
 
 def _factors(scaling: Mapping[str, Any], key: str, count: int) -> list[float]:
     values = scaling.get(key)
-    if not isinstance(values, Sequence) or len(values) != count or not all(isinstance(v, (int, float)) for v in values):
+    if not isinstance(values, Sequence) or len(values) != count:
         raise PhiquantError(f"config.json: LongRoPE's {key} must be a list of {count} numbers (half the rotary part)")
-    return [float(v) for v in values]
+    return [_number(value, key) for value in values]
+
+
+def _number(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise PhiquantError(f"config.json: {key} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
