@@ -89,7 +89,9 @@ def calibrate(
         for index, layer in enumerate(layers):
             prefix = f"model.layers.{index}."
             inside = {name.removeprefix(prefix): (name, m, s) for name, m, s in chosen if name.startswith(prefix)}
-            parts = [part for part in phi.LAYER_LINEARS if part in inside]  # in the order in which they compute
+            parts = [
+                at for part in phi.LAYER_LINEARS for at in inside if f"{at}.".startswith(f"{part}.")
+            ]  # as they compute
             work = copy.deepcopy(layer).float().eval()
             solved |= run.layer(f"layer-{index:04}", [inside[part] for part in parts], (work, prefix, activations))
             activations.advance(work)

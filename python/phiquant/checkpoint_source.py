@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ class CheckpointSource:
         self.tokenizer_dir: Path | None = self.checkpoint.folder
         self.solver = solver
         recipe, float_dtype = _read(what)
-        self.entries: Sequence[Entry] = _entries(self.checkpoint, recipe, float_dtype)
+        self._places: dict[str, tuple[str, int]] = {}  # where the checkpoint has an entry: tensor, first row
+        self.entries: Sequence[Entry] = list(self._entries(recipe, float_dtype))
         self.fingerprint = self._fingerprint()
 
     def read(self, entry: Entry, rows: slice | None = None) -> QuantizedTensor | torch.Tensor:
@@ -55,10 +56,35 @@ class CheckpointSource:
         return _join(entry.spec, pieces)
 
     def _piece(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
-        values = self.checkpoint.read(entry.name, rows)
+        stored, first = self._places[entry.name]
+        values = self.checkpoint.read(stored, slice(rows.start + first, rows.stop + first) if entry.shape else rows)
         if entry.spec is None:
             return values
         return quantize_tensor(values, entry.spec, solver=self.solver, name=entry.name, first_row=rows.start)
+
+    def _entries(self, recipe: Recipe, float_dtype: FloatName | None) -> Iterator[Entry]:
+        """The tensors of the checkpoint; projections with specs of their own in place of their fused weight."""
+        shapes, config = self.checkpoint.shapes, self.config
+        matrices = [name.removesuffix(".weight") for name in shapes if phi.is_matrix(name.removesuffix(".weight"))]
+        tied = phi.sizes(config).tied
+        specs = recipe.resolve([*matrices, phi.HEAD] if tied else matrices)
+        if tied and specs[phi.HEAD] != specs[phi.EMBEDDING]:
+            raise PhiquantError(
+                f"{phi.HEAD} and {phi.EMBEDDING} share one weight, so a recipe must give them the same spec: "
+                f"{specs[phi.HEAD] or 'float'} and {specs[phi.EMBEDDING] or 'float'}"
+            )
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            whole = {module: slice(0, shape[0] if shape else 1)}
+            split = phi.is_matrix(module) and module not in specs
+            for part, rows in (phi.fused_rows(config, module) if split else whole).items():
+                entry = f"{part}.weight" if split else name
+                spec = specs.get(part)
+                own = (rows.stop - rows.start, *shape[1:]) if split else shape
+                if spec is not None:
+                    _check_shape(entry, own, spec)
+                self._places[entry] = (name, rows.start)
+                yield Entry(entry, own, spec, float_dtype or self.checkpoint.dtype(name))
 
     def _fingerprint(self) -> str:
         inputs = {
@@ -86,26 +112,6 @@ def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | 
     if isinstance(what, Target) and what.spec is None:
         return Recipe(), what.float_dtype
     return as_recipe(what), None
-
-
-def _entries(checkpoint: Checkpoint, recipe: Recipe, float_dtype: FloatName | None) -> list[Entry]:
-    matrices = [
-        name.removesuffix(".weight") for name in checkpoint.shapes if phi.is_matrix(name.removesuffix(".weight"))
-    ]
-    tied = phi.sizes(checkpoint.config).tied
-    specs = recipe.resolve([*matrices, phi.HEAD] if tied else matrices)
-    if tied and specs[phi.HEAD] != specs[phi.EMBEDDING]:
-        raise PhiquantError(
-            f"{phi.HEAD} and {phi.EMBEDDING} share one weight, so a recipe must give them the same spec: "
-            f"{specs[phi.HEAD] or 'float'} and {specs[phi.EMBEDDING] or 'float'}"
-        )
-    entries = []
-    for name, shape in checkpoint.shapes.items():
-        spec = specs.get(name.removesuffix(".weight"))
-        if spec is not None:
-            _check_shape(name, shape, spec)
-        entries.append(Entry(name, shape, spec, float_dtype or checkpoint.dtype(name)))
-    return entries
 
 
 def _check_shape(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:

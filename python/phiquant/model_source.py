@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .formats.source import Entry
 from .models import phi
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
 from .spec import FloatName
+from .split_linear import projection_name
 from .tensor import QuantizedTensor
 
 _NAMES: dict[torch.dtype, FloatName] = {
@@ -38,9 +39,10 @@ class ModelSource:
     def __init__(self, model: nn.Module, tokenizer: Any, float_dtype: FloatName | None = None) -> None:
         self.config: dict[str, Any] = _config(model)
         self.fingerprint = uuid.uuid4().hex  # nothing identifies a model in memory after its process ended
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {_entry_name(name): value for name, value in model.named_parameters()}
         self._codes = _codes(model)
-        self.entries: Sequence[Entry] = [self._entry(*item, float_dtype) for item in phi.tensors(self.config)]
+        phi.check_complete(self.config, {name: tuple(value.shape) for name, value in self._parameters.items()})
+        self.entries: Sequence[Entry] = [self._entry(name, float_dtype) for name in self._names()]
         self._refuse_strangers(model)
         self._temporary = tempfile.TemporaryDirectory(prefix="phiquant-")
         self.tokenizer_dir: Path | None = _save_companions(model, tokenizer, Path(self._temporary.name))
@@ -59,11 +61,15 @@ class ModelSource:
         )
         return QuantizedTensor(whole.codes[rows], scales, zero_points, minimums, whole.spec, whole.codebook)
 
-    def _entry(self, name: str, shape: tuple[int, ...], float_dtype: FloatName | None) -> Entry:
-        value = self._parameters.get(name)
-        if value is None or tuple(value.shape) != shape:
-            found = "is missing" if value is None else f"has shape {list(value.shape)}"
-            raise PhiquantError(f"{name} {found} in the model; its config makes it {list(shape)}")
+    def _names(self) -> Iterator[str]:
+        """The tensors in the order of the model, a split projection's slices in place of it."""
+        for name, _ in phi.tensors(self.config):
+            slices = [f"{part}.weight" for part in phi.slice_names(name.removesuffix(".weight"))]
+            yield from [name] if name in self._parameters else slices
+
+    def _entry(self, name: str, float_dtype: FloatName | None) -> Entry:
+        value = self._parameters[name]
+        shape = tuple(value.shape)
         codes = self._codes.get(name.removesuffix(".weight"))
         if codes is not None:
             return Entry(name, shape, codes.spec)
@@ -76,6 +82,11 @@ class ModelSource:
                 f"the model has parameters that {phi.ARCHITECTURE} does not have, first {strangers[0]}; "
                 "merge adapters before exporting"
             )
+
+
+def _entry_name(parameter: str) -> str:
+    module, _, last = parameter.rpartition(".")
+    return f"{projection_name(module)}.{last}"
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def _codes(model: nn.Module) -> dict[str, QuantizedTensor]:
         if isinstance(module, QATLinear | QATEmbedding):
             raise PhiquantError(f"{name} is prepared for QAT and has no codes yet; call convert(model) first")
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            codes[name] = module.checked(name)
+            codes[projection_name(name)] = module.checked(name)
     return codes
 
 

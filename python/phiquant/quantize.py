@@ -26,6 +26,7 @@ from .modules import (
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import QuantSpec, Target
+from .split_linear import projection_name, split
 from .tensor import QuantizedTensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,6 +51,7 @@ def quantize(
 
     what: a target ("gguf:Q4_0"), a spec ("int4-g32-sym") or a Recipe. With the first two, lm_head and
         the embedding stay in float.
+        Where a recipe gives q, k, v or gate, up different specs, their fused linear becomes a SplitLinear.
     solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all);
         with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse; docs/methods.md).
     calibration: texts (with `tokenizer`) or windows of token ids [n, T]; a Phi-3 model is then solved decoder layer
@@ -58,15 +60,17 @@ def quantize(
         offload: keep its activations there too, not in memory.
     Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged.
     """
-    groups = _choose(model, what)
-    if calibration is not None or solver in NEEDS_STATISTICS:
-        ids = token_windows(calibration, tokenizer)
-        chosen = [(names[0], modules[0], spec) for names, modules, spec in groups]
-        place = None if folder is None else Path(folder)
-        found = calibrate(model, chosen, solver, ids, folder=place, offload=offload, progress=progress)
-        solved = [(modules, found[names[0]]) for names, modules, _ in groups]
-    else:
-        solved = list(_solve(groups, solver, progress))
+    specs = _specs(model, what)
+    with split(model, specs):
+        groups = _groups(model, specs)
+        if calibration is not None or solver in NEEDS_STATISTICS:
+            ids = token_windows(calibration, tokenizer)
+            chosen = [(names[0], modules[0], spec) for names, modules, spec in groups]
+            place = None if folder is None else Path(folder)
+            found = calibrate(model, chosen, solver, ids, folder=place, offload=offload, progress=progress)
+            solved = [(modules, found[names[0]]) for names, modules, _ in groups]
+        else:
+            solved = list(_solve(groups, solver, progress))
     for modules, quantized in solved:
         _attach(modules, quantized)
     if progress:
@@ -91,15 +95,17 @@ def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
         extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
         kept through training. "learned": starts there and is trained with the weights (LSQ, LSQ+): new
         parameters, `weight_quantizer.scale` and `.offset`, that an optimizer must be given.
-    The weights stay the same objects under the same names: optimizers made before keep working.
+    The weights stay the same objects under the same names: optimizers made before keep working. (But where a recipe
+    gives q, k, v or gate, up different specs, the fused linear becomes a SplitLinear of new ones.)
     Returns the model. On an error it is unchanged.
     """
-    groups = _choose(model, what)
+    specs = _specs(model, what)
     made = []
-    for names, modules, spec in groups:
-        weight = modules[0].get_parameter("weight")
-        _check_shape(names[0], weight, spec)
-        made.append((modules, _quantizer(weight, spec, range)))
+    with split(model, specs):
+        for names, modules, spec in _groups(model, specs):
+            weight = modules[0].get_parameter("weight")
+            _check_shape(names[0], weight, spec)
+            made.append((modules, _quantizer(weight, spec, range)))
     for modules, quantizer in made:
         for module in modules:
             to_qat(module, quantizer)
@@ -140,13 +146,21 @@ def _attach(modules: list[nn.Module], quantized: QuantizedTensor) -> None:
         to_quantized(module, quantized, weight)
 
 
-def _choose(model: nn.Module, what: What) -> list[tuple[list[str], list[nn.Module], QuantSpec]]:
-    """(names, modules, spec) of every weight to quantize; more than one module where layers share a weight."""
+def _specs(model: nn.Module, what: What) -> dict[str, QuantSpec | None]:
+    """The spec of every weight, by the name that a recipe calls it."""
     _refuse_twice(model)
-    layers = {name: module for name, module in model.named_modules() if type(module) in QAT_CLASS}
+    layers = [projection_name(name) for name, module in model.named_modules() if type(module) in QAT_CLASS]
     if not layers:
         raise PhiquantError(f"{type(model).__name__} has no torch.nn.Linear or Embedding to quantize")
-    specs = as_recipe(what).resolve(layers)
+    return as_recipe(what).resolve(layers)
+
+
+def _groups(
+    model: nn.Module, by_name: dict[str, QuantSpec | None]
+) -> list[tuple[list[str], list[nn.Module], QuantSpec]]:
+    """(names, modules, spec) of every weight to quantize; more than one module where layers share a weight."""
+    layers = {name: module for name, module in model.named_modules() if type(module) in QAT_CLASS}
+    specs = {name: by_name[projection_name(name)] for name in layers}
     tied: dict[int, list[str]] = {}
     for name, module in layers.items():
         tied.setdefault(id(module.get_parameter("weight")), []).append(name)

@@ -43,25 +43,33 @@ class Recipe:
         object.__setattr__(self, "default", _choice(default))
 
     def spec_for(self, module: str) -> Choice:
-        """The spec of the module of that name; None: it stays in float."""
+        """The spec of the module of that name; None: it stays in float. What names a fused linear names its slices."""
+        names = dict.fromkeys((module, phi.fused_name(module)))
         for pattern, choice in self.rules:
-            if _matches(pattern, module):
+            if any(_matches(pattern, name) for name in names):
                 return choice
         if any(fnmatch.fnmatchcase(module, pattern) for pattern in phi.FLOAT_BY_DEFAULT):
             return None
         return self.default
 
     def resolve(self, modules: Iterable[str]) -> dict[str, Choice]:
-        """The spec of every module, in order. PhiquantError for a pattern that matches none of them."""
+        """The spec of every module, in order. PhiquantError for a pattern that matches none of them.
+
+        A fused linear whose projections (phi.SLICES) get different specs is there as these, by their names.
+        """
         names = list(modules)
         for pattern, _ in self.rules:
-            if not any(_matches(pattern, name) for name in names):
+            if not any(_matches(pattern, part) for name in names for part in (name, *phi.slice_names(name))):
                 some = ", ".join(names[:4])
                 raise PhiquantError(
                     f"the recipe's pattern {pattern!r} matches none of the {len(names)} modules that can be "
                     f"quantized ({some}, ...); names are matched whole, so begin it with '*' or 'model.'"
                 )
-        return {name: self.spec_for(name) for name in names}
+        specs: dict[str, Choice] = {}
+        for name in names:
+            slices = {part: self.spec_for(part) for part in phi.slice_names(name)} or {name: self.spec_for(name)}
+            specs |= slices if len(set(slices.values())) > 1 else {name: next(iter(slices.values()))}
+        return specs
 
     def to_json(self) -> str:
         """JSON text: {"rules": {pattern: spec}, "default": spec}; the order of the rules counts."""

@@ -58,7 +58,7 @@ def write(source: Source, out_dir: Path, *, progress: Progress | None = None) ->
     phi.check_architecture(source.config)
     rope = read_rope(source.config)
     stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
-    _check_complete(source)
+    phi.check_complete(source.config, {entry.name: entry.shape for entry in source.entries})
     head, warnings = _header(source, rope, stored)
     out_dir = Path(out_dir)
     receipt.remove(out_dir)
@@ -103,16 +103,6 @@ def _rope_tensors(rope: Rope) -> Iterator[_Stored]:
             name = f"rope_factors_{kind}.weight"
             entry = Entry(name, (len(factors),), None, "float32")
             yield _Stored(entry, TensorInfo(name, entry.shape, F32), torch.tensor(factors, dtype=torch.float32))
-
-
-def _check_complete(source: Source) -> None:
-    """Names and shapes against the config. llama.cpp refuses a file with a tensor too few or of another shape."""
-    have = {entry.name: tuple(entry.shape) for entry in source.entries}
-    for name, shape in phi.tensors(source.config):
-        if name not in have:
-            raise PhiquantError(f"the model has no tensor {name}, which its config.json asks for")
-        if have[name] != shape:
-            raise PhiquantError(f"{name} has the shape {list(have[name])}; by its config.json it is {list(shape)}")
 
 
 def _header(source: Source, rope: Rope, stored: list[_Stored]) -> tuple[bytes, list[str]]:

@@ -20,6 +20,10 @@ HEAD = "lm_head"
 FINAL_NORM = "model.norm"
 LAYER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
+# The fused linears, and the projections whose rows they hold one after the other. A projection with a grid of its own
+# goes by its name beside the fused one's: "model.layers.0.self_attn.v_proj" is some rows of "...self_attn.qkv_proj".
+SLICES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 # Each norm feeds one linear: (norm, its consumer), both inside model.layers.<i>.
 NORM_CONSUMERS = (("input_layernorm", "self_attn.qkv_proj"), ("post_attention_layernorm", "mlp.gate_up_proj"))
 
@@ -130,15 +134,45 @@ def tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{HEAD}.weight", (n.vocab, n.hidden)
 
 
+def slice_names(module: str) -> tuple[str, ...]:
+    """The names of the projections inside a fused linear: "....qkv_proj" -> "....q_proj", ...; () for others."""
+    parent, _, last = module.rpartition(".")
+    return tuple(f"{parent}.{part}" for part in SLICES.get(last, ()))
+
+
+def fused_name(module: str) -> str:
+    """The fused linear that holds a projection: "....v_proj" -> "....qkv_proj"; other names as they are."""
+    parent, _, last = module.rpartition(".")
+    return next((f"{parent}.{fused}" for fused, parts in SLICES.items() if last in parts), module)
+
+
 def fused_rows(config: Mapping[str, Any], module: str) -> dict[str, slice]:
-    """The row slices of a fused linear: q, k, v of qkv_proj; gate, up of gate_up_proj; {} for others."""
+    """The rows of each projection, by name, inside a fused linear: q, k, v of qkv_proj; gate, up; {} for others."""
     n = sizes(config)
-    if module.endswith("qkv_proj"):
-        q, k = n.hidden, n.kv_dim
-        return {"q": slice(0, q), "k": slice(q, q + k), "v": slice(q + k, q + 2 * k)}
-    if module.endswith("gate_up_proj"):
-        return {"gate": slice(0, n.intermediate), "up": slice(n.intermediate, 2 * n.intermediate)}
-    return {}
+    lengths = {"qkv_proj": (n.hidden, n.kv_dim, n.kv_dim), "gate_up_proj": (n.intermediate, n.intermediate)}
+    rows, start = {}, 0
+    for name, length in zip(slice_names(module), lengths.get(module.rpartition(".")[2], ()), strict=True):
+        rows[name] = slice(start, start + length)
+        start += length
+    return rows
+
+
+def check_complete(config: Mapping[str, Any], have: Mapping[str, tuple[int, ...]]) -> None:
+    """PhiquantError unless `have`, names and shapes of tensors, is all that the config asks for.
+
+    A fused weight may be there as its slices.
+    """
+    for name, shape in tensors(config):
+        module = name.removesuffix(".weight")
+        expected = {name: shape}
+        if name not in have and any(f"{part}.weight" in have for part in slice_names(module)):
+            rows = fused_rows(config, module)
+            expected = {f"{part}.weight": (at.stop - at.start, *shape[1:]) for part, at in rows.items()}
+        for part, wanted in expected.items():
+            if part not in have:
+                raise PhiquantError(f"the model has no tensor {part}, which its config.json asks for")
+            if tuple(have[part]) != wanted:
+                raise PhiquantError(f"{part} has the shape {list(have[part])}; by its config.json it is {list(wanted)}")
 
 
 def is_matrix(module: str) -> bool:

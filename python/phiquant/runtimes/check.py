@@ -15,6 +15,7 @@ from .. import evaluate, testing
 from ..errors import PhiquantError
 from ..extras import need
 from ..formats.registry import Format
+from ..models import phi
 
 WINDOW = 256
 _CHARACTERS = 12  # of source code per token, at most on average
@@ -73,9 +74,11 @@ def decoded_model(config: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:
     model = transformers.Phi3ForCausalLM(settings).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name not in stored:
-                raise PhiquantError(f"the file has no tensor {name}; export again")
-            parameter.copy_(torch.from_numpy(np.array(stored[name].values())))
+            slices = [f"{part}.weight" for part in phi.slice_names(name.removesuffix(".weight"))]
+            parts = slices if slices and slices[0] in stored else [name]
+            if missing := [part for part in parts if part not in stored]:
+                raise PhiquantError(f"the file has no tensor {missing[0]}; export again")
+            parameter.copy_(torch.from_numpy(np.concatenate([stored[part].values() for part in parts])))
     return model
 
 
