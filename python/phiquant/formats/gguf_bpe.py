@@ -19,8 +19,11 @@ _O200K = "|".join([
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?",
     r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
 ])  # fmt: skip
-# How the text is split before merging -> llama.cpp's name for it. Phi-4 is "dbrx", Phi-4-mini "gpt-4o".
-_PRE = {_GPT2: "gpt-2", _CL100K: "dbrx", _O200K: "gpt-4o"}
+# How the text is split before merging -> llama.cpp's name for it. Phi-4 is "dbrx". What llama.cpp calls "gpt-4o" is
+# not o200k's pattern: it tears words at their combining marks (Hindi, Telugu, ...). The name here stands for the whole
+# pattern and is known since May 2026; docs/runtimes/tokenizers.md says how to run the file in older builds.
+_PRE = {_GPT2: "gpt-2", _CL100K: "dbrx", _O200K: "granite-embed-multi-97m"}
+_PREFERS_WORDS = "granite-embed-multi-97m"  # it takes a word that is in the vocabulary before it merges
 
 
 def is_byte_level(tokenizer: dict[str, Any]) -> bool:
@@ -43,11 +46,10 @@ def read(files: TokenizerFiles, size: int) -> Vocabulary:
     warnings = []
     if files.tokenizer.get("normalizer"):
         warnings.append("the tokenizer normalizes text before splitting it; llama.cpp does not")
-    if model.get("ignore_merges"):
+    pre = pre_tokenizer(files)
+    if model.get("ignore_merges") and pre != _PREFERS_WORDS:
         warnings.append("the tokenizer prefers whole words over merges (ignore_merges); llama.cpp does not here")
-    return Vocabulary(
-        "gpt2", pre_tokenizer(files), fill_holes(tokens, types), types, merges=_merges(model), warnings=warnings
-    )
+    return Vocabulary("gpt2", pre, fill_holes(tokens, types), types, merges=_merges(model), warnings=warnings)
 
 
 def pre_tokenizer(files: TokenizerFiles) -> str:

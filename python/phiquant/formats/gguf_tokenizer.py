@@ -53,6 +53,11 @@ def _read(folder: Path, size: int, config: Mapping[str, Any]) -> Vocabulary:
     rstrip = any(token.rstrip and token.special for token in files.added.values())
     known = set(vocabulary.tokens)
     vocabulary.strips_after_special = rstrip and all(text in known for text in PHI3_MARKERS)
+    if any(token.lstrip for token in files.added.values()) or (rstrip and not vocabulary.strips_after_special):
+        vocabulary.warnings.append(
+            "the tokenizer removes the spaces around its special tokens; llama.cpp does that after those of a "
+            "Phi-3 vocabulary only, so put no spaces there"
+        )
     return vocabulary
 
 

@@ -41,6 +41,7 @@ class AddedToken:
     text: str
     special: bool
     rstrip: bool = False
+    lstrip: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def read_files(folder: Path) -> TokenizerFiles:
         added[int(index)] = AddedToken(text, special=False)
     listed = [(t.get("id"), t) for t in tokenizer.get("added_tokens") or []]
     for index, token in [*(config.get("added_tokens_decoder") or {}).items(), *listed]:
-        added[int(index)] = AddedToken(token["content"], bool(token.get("special")), bool(token.get("rstrip")))
+        flags = (bool(token.get(key)) for key in ("special", "rstrip", "lstrip"))
+        added[int(index)] = AddedToken(token["content"], *flags)
     return TokenizerFiles(folder, tokenizer, config, added)
 
 
