@@ -56,6 +56,8 @@ from .observers import (
 from .packing import pack, unpack
 from .quantize import convert, prepare_qat, quantize
 from .recipe import Recipe
+from .repack import repack
+from .same_codes import same_codes
 from .solvers import quantize_tensor
 from .spec import (
     TARGETS,
@@ -144,6 +146,8 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "read_compressed",
+    "repack",
+    "same_codes",
     "share_weights",
     "spec",
     "target",

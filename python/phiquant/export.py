@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from .errors import PhiquantError
 from .formats import receipt as receipts
+from .formats.detect import locate
 from .formats.registry import FORMATS, find
 from .formats.source import Progress
 from .model_source import ModelSource
@@ -195,14 +195,3 @@ def _difference(record: Mapping[str, Any], stored: Any, decode: bool) -> tuple[b
             if not np.array_equal(stored.values(rows), stored.reference(rows), equal_nan=True):
                 return False, "the format's own library decodes other values than the codes and scales stand for"
     return True, None
-
-
-def locate(out: Path, receipt: Mapping[str, Any]) -> Path:
-    """What a reader or a runtime opens: the folder, or the one weight file of a format that has but one."""
-    format = find(receipt["format"])
-    if not format.single_file:
-        return out
-    files = [name for name in receipt["files"] if any(fnmatch(name, pattern) for pattern in format.weights)]
-    if len(files) != 1:
-        raise PhiquantError(f"{out / receipts.NAME} names {len(files)} weight files instead of one; export again")
-    return out / files[0]

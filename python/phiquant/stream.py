@@ -54,19 +54,20 @@ def quantize_checkpoint(
     solver: str = "rtn",
     recipe: Recipe | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Quantize the checkpoint `folder` into the folder `out`, tensor by tensor; return the receipt.
 
     target: names the format and the grid; with a recipe, the recipe says the grids. Memory is that of
     some rows, not of the model. The same call after a kill continues where it stopped, to the same bytes.
-    progress: called with (tensor, bytes written, bytes in all).
+    progress: called with (tensor, bytes written, bytes in all). options: of the format's writer.
     """
     target = find_target(target) if isinstance(target, str) else target
     source, out = _source(folder, target, solver, recipe), Path(out)
     if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
     claim_folder(out, target.format)
-    find(target.format).writer().write(source, out, progress=progress)
+    find(target.format).writer().write(source, out, progress=progress, **options)
     return sign(out)
 
 

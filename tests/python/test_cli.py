@@ -249,3 +249,47 @@ def test_unexpected_error_is_called_ours(monkeypatch, checkpoint):
     monkeypatch.setattr(inspect, "_look", broken)
     report = run_json("inspect", checkpoint, code=1)
     assert "mistake in phiquant" in report["error"]
+
+
+def test_targets_tell_grid_bits_and_what_runs_them():
+    report = run_json("targets")
+    known = {one["target"]: one for one in report["targets"]}
+    assert known["gguf:Q4_0"]["bits_per_weight"] == 4.5
+    assert known["gguf:Q4_1"]["parameters"] == "s, m: float16 per g32"
+    assert known["gguf:F16"]["grid"] == "float"
+    assert report["formats"]["gguf"]["runtime"] == "llama.cpp"
+    assert report["formats"]["gguf"]["missing"] == []
+    assert {one["target"].partition(":")[0] for one in run_json("targets", "--format", "gguf")["targets"]} == {"gguf"}
+    shown = run("targets")
+    assert "phiquant[gguf]" in shown
+    assert "int4-g32-signmax-f16" in shown
+    run("targets", "--format", "pdf", code=2)
+
+
+def test_convert_and_verify_two(quantized, tmp_path):
+    run("convert", quantized, "--target", "safetensors:int4-g32", "--out", tmp_path / "there")
+    run("convert", tmp_path / "there", "--target", "gguf:Q4_0", "--out", tmp_path / "back")
+    assert (tmp_path / "back" / "model.gguf").read_bytes() == (quantized / "model.gguf").read_bytes()
+    assert run_json("verify", quantized, tmp_path / "there")["ok"] is True
+    assert "21 of 21 tensors are identical" in run("verify", quantized, tmp_path / "there")
+    report = run_json("convert", quantized, "--target", "safetensors:int4-g64", "--out", tmp_path / "no", code=1)
+    assert "granularity" in report["error"]
+    run("convert", quantized, "--target", "gguf:Q9", "--out", tmp_path / "no", code=2)
+    run("convert", tmp_path / "nowhere", "--target", "gguf", "--out", tmp_path / "no", code=2)
+
+
+def test_verify_two_finds_the_tensor_that_differs(checkpoint, quantized, tmp_path):
+    run("quantize", checkpoint, "--target", "gguf:Q4_0", "--solver", "mse", "--out", tmp_path)
+    report = run_json("verify", quantized, tmp_path, code=1)
+    assert {t["name"] for t in report["tensors"] if t["verdict"] != "identical"} >= {
+        "model.layers.0.self_attn.v_proj.weight"
+    }
+    assert "different" in run("verify", quantized, tmp_path, code=1)
+    run("verify", quantized, tmp_path, "--run", code=2)
+
+
+def test_options_of_a_writer_are_checked(checkpoint, tmp_path):
+    arguments = ("quantize", checkpoint, "--target", "safetensors:int4-g32", "--out", tmp_path / "out", "--option")
+    run(*arguments, "no_such=1", code=2)
+    run(*arguments, "nothing", code=2)
+    assert not (tmp_path / "out").exists()

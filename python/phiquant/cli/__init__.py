@@ -1,4 +1,4 @@
-"""The command line: `phiquant demo | plan | quantize | qat | export | verify | eval | inspect | describe`."""
+"""The command line: `phiquant COMMAND`; app.py lists the commands."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .convert import convert
 from .demo import demo
 from .describe import describe
 from .evaluate import evaluate
@@ -16,6 +17,7 @@ from .inspect import inspect
 from .plan import plan
 from .qat import qat
 from .quantize import quantize
+from .targets import targets
 from .verify import verify
 
 app = typer.Typer(
@@ -28,10 +30,12 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
+    "targets": targets,
     "plan": plan,
     "quantize": quantize,
     "qat": qat,
     "export": export,
+    "convert": convert,
     "verify": verify,
     "eval": evaluate,
     "inspect": inspect,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..formats.registry import find
 from ..load import EMBEDDED
 from ..recipe import Recipe
 from ..solvers import SOLVERS
-from ..spec import TARGETS, Target
+from ..spec import Target
 from ..spec import target as find_target
 
 CheckpointArg = Annotated[
@@ -25,7 +28,13 @@ CheckpointArg = Annotated[
     ),
 ]
 TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help=f"Grid and format: {', '.join(TARGETS)}.", show_default=False)
+    str,
+    typer.Option(
+        "--target",
+        "-t",
+        help="Grid and format, such as gguf:Q4_0 or mlx:4bit-g64; `phiquant targets` lists all.",
+        show_default=False,
+    ),
 ]
 SolverOption = Annotated[
     str,
@@ -43,6 +52,15 @@ TextOption = Annotated[
 ]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="Evaluate on this many windows only.", show_default="the whole text")
+]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="KEY=VALUE",
+        help="An option of the format's writer; repeat it for more.",
+        show_default=False,
+    ),
 ]
 
 
@@ -76,6 +94,28 @@ def read_recipe(path: Path | None) -> Recipe | None:
         raise typer.BadParameter(f"no file {path}", param_hint="--recipe")
     with argument("--recipe"):
         return Recipe.from_json(path)
+
+
+def read_options(given: Sequence[str] | None, format: str) -> dict[str, Any]:
+    """The options of the writer of `format`: values are JSON (8, true, null) or else text."""
+    options: dict[str, Any] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--option")
+        try:
+            options[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            options[key.replace("-", "_")] = value
+    if options:
+        parameters = inspect.signature(find(format).writer().write).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"]
+        if unknown := [key for key in options if key not in known]:
+            offer = f"it has {', '.join(known)}" if known else "it has none"
+            raise typer.BadParameter(
+                f"the writer of {format} has no option {unknown[0]!r}; {offer}", param_hint="--option"
+            )
+    return options
 
 
 def read_text(path: Path | None, name: str = "--text") -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +9,10 @@ import typer
 
 from .. import runs
 from ..export import export as write
+from ..formats.registry import FORMATS, find
 from ..load import EMBEDDED, load
-from .arguments import existing, output_folder
+from .arguments import OptionsOption, argument, existing, output_folder, read_options
 from .session import DebugFlag, JsonFlag, files_table, session
-
-
-class Format(str, Enum):
-    """What `export` can write."""
-
-    gguf = "gguf"
-    safetensors = "safetensors"
-
 
 SourceArg = Annotated[
     str,
@@ -30,15 +22,25 @@ SourceArg = Annotated[
         show_default=False,
     ),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", "-f", help="The format to write.", show_default=False)]
+FormatOption = Annotated[
+    str, typer.Option("--format", "-f", help=f"The format to write: {', '.join(FORMATS)}.", show_default=False)
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the files and their receipt.")]
 
 
 def export(
-    source: SourceArg, format_: FormatOption, out: OutOption, json_: JsonFlag = False, debug: DebugFlag = False
+    source: SourceArg,
+    format_: FormatOption,
+    out: OutOption,
+    option: OptionsOption = None,
+    json_: JsonFlag = False,
+    debug: DebugFlag = False,
 ) -> None:
     """Write the codes of a QAT run (or a float checkpoint as it is) in a format. Nothing is quantized again."""
     with session(json_, debug) as ui:
+        with argument("--format"):
+            find(format_)
+        options = read_options(option, format_)
         ui.log_to(output_folder(out) / "phiquant.log")
         run = Path(source) / "run"
         if (run / runs.FACTS).is_file():
@@ -48,5 +50,5 @@ def export(
                 existing(Path(source), "SOURCE")
             model, tokenizer = load(source)
         with ui.progress("writing") as step:
-            receipt = write(model, tokenizer, out, format=format_.value, progress=step)
+            receipt = write(model, tokenizer, out, format=format_, progress=step, **options)
         ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))

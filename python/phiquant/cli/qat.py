@@ -15,10 +15,12 @@ from ..qat import train as run_training
 from ..spec import Target, with_bits
 from .arguments import (
     CheckpointArg,
+    OptionsOption,
     RecipeOption,
     TargetOption,
     argument,
     output_folder,
+    read_options,
     read_recipe,
     read_target,
     read_text,
@@ -53,6 +55,7 @@ def qat(
         typer.Option(min=0, max=1, help="Share of the plain language-model loss; 0 distils from the float model."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the order of the windows.")] = 0,
+    option: OptionsOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -66,6 +69,7 @@ def qat(
         if base and bits:
             raise typer.BadParameter("a recipe says the bits itself; leave one of the two out", param_hint="--bits")
         what = base or _with_bits(chosen, bits)
+        options = read_options(option, chosen.format)
         with argument("--learning-rate"):
             settings = Settings(
                 steps=steps,
@@ -84,7 +88,7 @@ def qat(
         report = train(ui, model, tokenizer, what, words, settings, out / "run")
         runs.save(model, checkpoint, out / "run", training=report)
         with ui.progress("writing") as step:
-            receipt = write(model, tokenizer, out, format=chosen.format, progress=step)
+            receipt = write(model, tokenizer, out, format=chosen.format, progress=step, **options)
         show(ui, out, receipt, report)
 
 

@@ -21,12 +21,14 @@ from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
 from .arguments import (
     CheckpointArg,
+    OptionsOption,
     RecipeOption,
     SolverOption,
     TargetOption,
     check_solver,
     checkpoint_folder,
     output_folder,
+    read_options,
     read_recipe,
     read_target,
     read_text,
@@ -50,6 +52,7 @@ def quantize(
     solver: SolverOption = "rtn",
     calibration: CalibrationOption = None,
     recipe: RecipeOption = None,
+    option: OptionsOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -60,23 +63,31 @@ def quantize(
     with session(json_, debug) as ui:
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
+        options = read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
         if solver in NEEDS_STATISTICS and text is None and checkpoint != EMBEDDED:
             raise typer.BadParameter(f"{solver} needs a text to calibrate {checkpoint} on", param_hint="--calibration")
         with checkpoint_folder(checkpoint) as folder:
             ui.log_to(output_folder(out) / "phiquant.log")
             if solver in NEEDS_STATISTICS or text is not None:
-                receipt = _calibrated(ui, folder, chosen, out, solver, rules, text)
+                receipt = _calibrated(ui, folder, chosen, out, solver, rules, text, options)
             else:
                 with ui.progress("quantizing") as step:
                     receipt = stream.quantize_checkpoint(
-                        folder, chosen, out, solver=solver, recipe=rules, progress=step
+                        folder, chosen, out, solver=solver, recipe=rules, progress=step, **options
                     )
         ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
 
 
 def _calibrated(
-    ui: Ui, folder: Path, target: Target, out: Path, solver: str, recipe: Recipe | None, text: str | None
+    ui: Ui,
+    folder: Path,
+    target: Target,
+    out: Path,
+    solver: str,
+    recipe: Recipe | None,
+    text: str | None,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """The model in its own dtype, a decoder layer in float32 at a time; what is finished is kept in OUT/calibration."""
     claim_folder(out, target.format)
@@ -92,6 +103,6 @@ def _calibrated(
             offload=True,
         )
     with ui.progress("writing") as step:
-        receipt = write(model, tokenizer, out, format=target.format, progress=step)
+        receipt = write(model, tokenizer, out, format=target.format, progress=step, **options)
     shutil.rmtree(state)
     return receipt

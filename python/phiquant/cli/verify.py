@@ -10,16 +10,26 @@ from rich.table import Table
 
 from ..export import RuntimeResult
 from ..export import verify as check
+from ..same_codes import IDENTICAL, same_codes
 from .arguments import TextOption, existing, read_text
-from .session import DebugFlag, JsonFlag, session, table
+from .session import DebugFlag, JsonFlag, Ui, session, table
 
 FolderArg = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="An exported folder, with its receipt.json.", show_default=False)
+]
+OtherArg = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[OTHER]",
+        help="Compare two files or folders, of one format or two, instead: do they hold the same codes?",
+        show_default=False,
+    ),
 ]
 
 
 def verify(
     folder: FolderArg,
+    other: OtherArg = None,
     run: Annotated[bool, typer.Option("--run", help="Run the file in its runtime too.")] = False,
     text: TextOption = None,
     json_: JsonFlag = False,
@@ -27,9 +37,16 @@ def verify(
 ) -> None:
     """Re-read the files of FOLDER with another reader and compare every code and parameter with the receipt.
 
-    Exit code 1 if anything differs.
+    With OTHER: compare the codes and parameters of both, from the files alone. Exit code 1 if anything differs.
     """
     with session(json_, debug) as ui:
+        if other is not None:
+            if run or text is not None:
+                raise typer.BadParameter(
+                    "--run and --text are for one folder; verify each by itself", param_hint="OTHER"
+                )
+            _compare(ui, existing(folder, "FOLDER"), existing(other, "OTHER"))
+            return
         report = check(existing(folder, "FOLDER"), run=run, text=read_text(text))
         rows = table("what", "differs")
         for problem in report.files:
@@ -45,6 +62,19 @@ def verify(
         ui.result(report.to_dict(), *parts, verdict)
         if not report.ok:
             raise typer.Exit(1)
+
+
+def _compare(ui: Ui, folder: Path, other: Path) -> None:
+    found = same_codes(folder, other)
+    rows = table("tensor", "verdict", f"in {found.formats[0]}", f"in {found.formats[1]}", "why")
+    for one in found.tensors:
+        if one.verdict != IDENTICAL:
+            rows.add_row(one.name, one.verdict, one.a, one.b, one.reason)
+    good = sum(one.verdict == IDENTICAL for one in found.tensors)
+    verdict = f"{folder} ({found.formats[0]}) and {other} ({found.formats[1]}): {good} of {len(found.tensors)} tensors"
+    ui.result(found.to_dict(), *([rows] if rows.row_count else []), f"{verdict} are identical")
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _runtime_table(result: RuntimeResult) -> Table:

@@ -38,6 +38,7 @@ _LAYER = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # config.json's name -> GGUF's
 _BLK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
@@ -67,7 +68,8 @@ class GGUFTensor(StoredTensor):
 
     def raw(self, rows: slice | None = None) -> np.ndarray:
         """See StoredTensor.raw."""
-        return np.ascontiguousarray(self._rows(rows))
+        data = np.ascontiguousarray(self._rows(rows))
+        return data.view("<u2") if self.stored_as == "BF16" else data
 
     def values(self, rows: slice | None = None) -> np.ndarray:
         """The real values, float32, by the formulas of the format."""
@@ -140,7 +142,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     heads, hidden = int(keys["attention.head_count"]), int(keys["embedding_length"])
     original = int(keys.get("rope.scaling.original_context_length", keys["context_length"]))
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10000.0))}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _decimal(keys.get("rope.freq_base", 10000.0))}
     rope["partial_rotary_factor"] = int(keys.get("rope.dimension_count", hidden // heads)) / (hidden // heads)
     if "rope_factors_long.weight" in stored:
         factors = {f"{k}_factor": stored[f"rope_factors_{k}.weight"].values().tolist() for k in ("long", "short")}
@@ -157,14 +159,17 @@ def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
         "num_key_value_heads": int(keys.get("attention.head_count_kv", heads)),
         "max_position_embeddings": int(keys["context_length"]),
         "original_max_position_embeddings": original,
-        "rms_norm_eps": float(keys["attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": _decimal(keys["attention.layer_norm_rms_epsilon"]),
         "sliding_window": keys.get("attention.sliding_window") or None,
         "rope_parameters": rope,
         "tie_word_embeddings": f"{phi.HEAD}.weight" not in stored,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **{f"{ours}_token_id": keys.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in _SPECIAL.items()},
     }
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def _open(path: str | Path) -> Any:

@@ -1,7 +1,7 @@
 """The Hugging Face files of the tokenizer inside a GGUF file: only where nothing has to be guessed.
 
-Byte-level BPE alone: tokens, merges and the name of the pre-tokenizer are all that such a tokenizer is. Of a SentencePiece
-vocabulary GGUF does not keep how spaces around special tokens are treated, so its own files are asked for.
+Byte-level BPE alone: tokens, merges and the name of the pre-tokenizer are all that such a tokenizer is. Of a
+SentencePiece vocabulary GGUF does not keep how spaces around special tokens are treated: its own files are asked for.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _tokenizer(v: Vocabulary) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {text: index for index, (text, kind) in enumerate(zip(v.tokens, v.types, strict=True)) if kind == NORMAL},
+            "vocab": {text: index for index, text in enumerate(v.tokens) if v.types[index] == NORMAL},
             "merges": [merge.split(" ", 1) for merge in v.merges or []],
         },
     }  # fmt: skip

@@ -59,7 +59,7 @@ class FolderTensor(StoredTensor):
     def raw(self, rows: slice | None = None) -> np.ndarray:
         """See StoredTensor.raw."""
         values = self._get_rows(self.name, rows or slice(0, self.shape[0]))
-        return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+        return np.asarray((values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy())
 
     @property
     def _packed(self) -> bool:

@@ -82,12 +82,12 @@ class StoredTensor(ABC):
                 parameters.update(_bytes(value))
         return {"codes": codes.hexdigest(), "parameters": parameters.hexdigest()}
 
-    def quantized(self, spec: QuantSpec | None = None) -> QuantizedTensor:
-        """The codes and parameters, on the file's own grid or, where it holds that, on `spec`."""
+    def quantized(self, spec: QuantSpec | None = None, rows: slice | None = None) -> QuantizedTensor:
+        """The codes and parameters (of some rows), on the file's own grid or, where it holds that, on `spec`."""
         spec = spec or self.spec
         if spec is None:
             raise PhiquantError(f"{self.name}: the file has float values ({self.stored_as}), no codes")
-        pieces = list(self._pieces(spec))
+        pieces = list(self._pieces(spec)) if rows is None else [self._checked(self.parts(spec, rows), spec)]
         joined = {name: self._joined([p[name] for p in pieces], name, spec) for name in pieces[0]}
         arrays = {name: np.concatenate(values) for name, values in joined.items()}
         tensors = {name: _tensor(array, _dtype(name, spec)) for name, array in arrays.items()}
@@ -107,14 +107,16 @@ class StoredTensor(ABC):
 
     def _pieces(self, spec: QuantSpec) -> Iterator[Parts]:
         for rows in self.row_slices():
-            part = self.parts(spec, rows)
-            codes, element = part["codes"], spec.element
-            if codes.size and not element.qmin <= int(codes.min()) <= int(codes.max()) <= element.qmax:
-                raise PhiquantError(
-                    f"{self.name}: codes {codes.min()}..{codes.max()} in the file do not fit {spec}, whose codes are "
-                    f"{element.qmin}..{element.qmax}"
-                )
-            yield part
+            yield self._checked(self.parts(spec, rows), spec)
+
+    def _checked(self, part: Parts, spec: QuantSpec) -> Parts:
+        codes, element = part["codes"], spec.element
+        if codes.size and not element.qmin <= int(codes.min()) <= int(codes.max()) <= element.qmax:
+            raise PhiquantError(
+                f"{self.name}: codes {codes.min()}..{codes.max()} in the file do not fit {spec}, whose codes are "
+                f"{element.qmin}..{element.qmax}"
+            )
+        return part
 
     def _joined(self, pieces: list[np.ndarray], name: str, spec: QuantSpec) -> list[np.ndarray]:
         """The parameters of consecutive rows; those of the whole tensor must be the same in each piece."""
