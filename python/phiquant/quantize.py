@@ -53,7 +53,7 @@ def quantize(
         the embedding stay in float.
         Where a recipe gives q, k, v or gate, up different specs, their fused linear becomes a SplitLinear.
     solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all);
-        with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse; docs/methods.md).
+        with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse), "adaround" (docs/methods.md).
     calibration: texts (with `tokenizer`) or windows of token ids [n, T]; a Phi-3 model is then solved decoder layer
         by decoder layer. A solver that needs data and is given none takes testing.training_text().
     folder: where a calibrated run keeps its finished layers, so that the same call goes on after an interruption.

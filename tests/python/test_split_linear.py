@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import phiquant as pq
 import pytest
 import torch
-
-import phiquant as pq
 from phiquant import testing
 from phiquant.checkpoint_source import CheckpointSource
 from phiquant.errors import PhiquantError
@@ -17,7 +16,7 @@ from phiquant.split_linear import SplitLinear, module_path, projection_name, spl
 RECIPE = pq.Recipe({"*.v_proj": "gguf:Q8_0", "*layers.1.mlp.up_proj": "float"}, default="gguf:Q4_0")
 
 
-@pytest.fixture()
+@pytest.fixture
 def model() -> Any:
     return testing.random_phi3()
 

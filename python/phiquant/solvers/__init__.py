@@ -13,6 +13,7 @@ from ..spec import QuantSpec
 from ..spec import spec as read_spec
 from ..statistics import Statistics
 from ..tensor import QuantizedTensor
+from .adaround import adaround
 from .gptq import gptq
 from .kmeans import kmeans
 from .nearest import mse, mse_exact, rtn
@@ -38,10 +39,11 @@ SOLVERS: dict[str, Solver] = {
     "kl": _data_free(kl),
     "histogram": _data_free(histogram),
     "kmeans": _kmeans,
+    "adaround": adaround,
     "gptq": gptq,
     "gptq_mse": partial(gptq, grid="mse"),
 }
-NEEDS_STATISTICS = frozenset({"gptq", "gptq_mse"})
+NEEDS_STATISTICS = frozenset({"adaround", "gptq", "gptq_mse"})
 
 
 def quantize_tensor(
@@ -56,8 +58,8 @@ def quantize_tensor(
 
     solver: "rtn" (min-max range, nearest code), "mse" (the best of some ranges in squared error), "mse_exact" (of
     all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "kmeans" (the
-    levels of a Codebook); with `statistics` of the layer's inputs "gptq", "gptq_mse" (docs/methods.md). Errors use
-    `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite (with its
+    levels of a Codebook); with `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse" (docs/methods.md).
+    Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite (with its
     index), an unknown solver, one that lacks its statistics, or a group size that does not divide.
     """
     spec = read_spec(spec)
