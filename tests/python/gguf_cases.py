@@ -47,7 +47,11 @@ class Tensors:
             return t if t is None or t.shape[0] == 1 else t[rows]
 
         return dataclasses.replace(
-            value, codes=value.codes[rows], scales=part(value.scales), minimums=part(value.minimums)
+            value,
+            codes=value.codes[rows],
+            scales=part(value.scales),
+            minimums=part(value.minimums),
+            zero_points=part(value.zero_points),
         )
 
 

@@ -156,7 +156,7 @@ def test_files_of_the_replaced_export_do_not_stay(
 
 
 def test_what_cannot_be_exported(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(PhiquantError, match="unknown format 'onx'; known formats: gguf, safetensors"):
+    with pytest.raises(PhiquantError, match="unknown format 'onx'; known formats: gguf, "):
         pq.export(tiny_model, tokenizer, tmp_path, format="onx")
     with pytest.raises(PhiquantError, match="has no transformers config"):
         pq.export(torch.nn.Linear(2, 2), tokenizer, tmp_path)

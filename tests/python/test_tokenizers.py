@@ -27,6 +27,8 @@ VOCABULARIES = ["phi-3-mini", "phi-4-mini", "phi-4"]
 DIFFERENT: dict[tuple[str, str], set[str]] = {
     # After a special token that swallows white space, llama.cpp swallows ASCII's only.
     ("gguf", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x"},
+    # GenAI as well; and it cuts very long texts without a space mark in the middle.
+    ("onnx", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x", " " * 100 + "x"},
 }
 
 

@@ -40,6 +40,7 @@ FORMATS = {
     one.name: one
     for one in (
         Format("gguf", "llamacpp", "gguf", ("*.gguf",), "gguf", single_file=True),
+        Format("onnx", "onnx", "onnx", ("*.onnx", "*.onnx.data"), "onnx"),
         Format("safetensors", "transformers", "hf", ("*.safetensors",), "safetensors"),
     )
 }
