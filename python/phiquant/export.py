@@ -15,8 +15,11 @@ from .formats.detect import locate
 from .formats.registry import FORMATS, find
 from .formats.source import Progress
 from .model_source import ModelSource
+from .models import phi
 from .runtimes import check
+from .runtimes import long as gate
 from .runtimes.check import RuntimeResult
+from .runtimes.long import LongResult
 from .spec import FloatName
 from .spec import spec as read_spec
 
@@ -41,6 +44,7 @@ class Report:
     tensors: list[TensorResult]
     files: list[str] = field(default_factory=list)
     runtime: RuntimeResult | None = None
+    long: LongResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +55,8 @@ class Report:
         lines += self.files + [f"{t.name}: {t.error}" for t in bad]
         if self.runtime is not None:
             lines.append(f"{self.runtime.name}: relative error of the logits {self.runtime.relative_error:.2e}")
+        if self.long is not None:
+            lines.append(str(self.long))
         return "\n".join(lines)
 
 
@@ -75,7 +81,7 @@ def export(
     source = ModelSource(model, tokenizer, float_dtype)
     claim_folder(out, format)
     writer.write(source, out, progress=progress, **options)
-    return sign(out)
+    return sign(out, source.config)
 
 
 def verify(
@@ -84,6 +90,7 @@ def verify(
     text: str | None = None,
     reference: Any = None,
     *,
+    long: bool = False,
     windows: int = 4,
     decode: bool = True,
 ) -> Report:
@@ -91,6 +98,8 @@ def verify(
 
     run: also run it in its runtime, on `windows` windows of `text` (None: held-out standard library
         modules), against `reference` or, without one, the model decoded from the file.
+    long: also compare at lengths on both sides of the original context and the sliding window, against the model
+        that was exported, as its receipt describes it (an older receipt: as the file does).
     decode: also let the format's own library decode every value, and compare.
     PhiquantError if there is no receipt, or it cannot be trusted.
     """
@@ -100,14 +109,21 @@ def verify(
     files = list(_file_problems(out, receipt))
     tensors = list(_tensor_results(out, receipt, reader, decode))
     ok = not files and all(t.ok for t in tensors)
-    runtime = None
+    runtime, lengths = None, None
     if run and ok:
         runtime = check.run(find(receipt["format"]), locate(out, receipt), text, reference, windows)
-    return Report(receipt["format"], ok and (runtime is None or runtime.ok), tensors, files, runtime)
+    if long and ok:
+        config = receipt.get("model") or reader.read_config(locate(out, receipt))
+        lengths = gate.run(find(receipt["format"]), locate(out, receipt), config, text)
+    ok = ok and all(result is None or result.ok for result in (runtime, lengths))
+    return Report(receipt["format"], ok, tensors, files, runtime, lengths)
 
 
-def sign(out: Path) -> dict[str, Any]:
-    """Read a fresh export back, compare every code, note it in the receipt. PhiquantError if a tensor differs."""
+def sign(out: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a fresh export back, compare every code, note it in the receipt, and what `config` says the model computes.
+
+    PhiquantError if a tensor differs.
+    """
     _remove_stale(out, receipts.read(out)["files"])
     report = verify(out, decode=False)
     if not report.ok:
@@ -115,6 +131,7 @@ def sign(out: Path) -> dict[str, Any]:
         raise PhiquantError(f"{out} does not hold what was written; the disk may be failing: {report}")
     receipt = receipts.read(out)
     package = find(report.format).reader
+    receipt["model"] = {key: config[key] for key in phi.COMPUTED if config.get(key) is not None}
     receipt["verified"] = {"tensors": len(report.tensors), "reader": f"{package} {receipts.version(package)}"}
     receipts.write(out, receipt)
     return receipt

@@ -39,4 +39,4 @@ def repack(
     source = ReaderSource(found, format, named, None if tokenizer is None else Path(tokenizer))
     claim_folder(out, format.name)
     format.writer().write(source, out, progress=progress, **options)
-    return sign(out)
+    return sign(out, source.config)

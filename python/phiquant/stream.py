@@ -68,7 +68,7 @@ def quantize_checkpoint(
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
     claim_folder(out, target.format)
     find(target.format).writer().write(source, out, progress=progress, **options)
-    return sign(out)
+    return sign(out, source.config)
 
 
 def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = None, solver: str = "rtn") -> Plan:

@@ -118,6 +118,12 @@ def test_verify_runs_the_file(quantized, text):
     assert run_json("verify", quantized, "--run", "--text", text)["ok"] is True
 
 
+def test_verify_runs_long_texts_too(quantized):
+    lengths = run_json("verify", quantized, "--long")["long"]["lengths"]
+    assert [one["tokens"] for one in lengths] == [64, 256]
+    assert "64 tokens" in run("verify", quantized, "--long")
+
+
 def test_verify_finds_a_changed_code(checkpoint, tmp_path):
     run("quantize", checkpoint, "--target", "gguf:Q4_0", "--out", tmp_path)
     file = tmp_path / "model.gguf"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..export import RuntimeResult
+from ..export import LongResult, RuntimeResult
 from ..export import verify as check
 from ..same_codes import IDENTICAL, same_codes
 from .arguments import TextOption, existing, read_text
@@ -31,6 +31,10 @@ def verify(
     folder: FolderArg,
     other: OtherArg = None,
     run: Annotated[bool, typer.Option("--run", help="Run the file in its runtime too.")] = False,
+    long: Annotated[
+        bool,
+        typer.Option("--long", help="Run it also on both sides of the original context and the sliding window."),
+    ] = False,
     text: TextOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
@@ -41,13 +45,13 @@ def verify(
     """
     with session(json_, debug) as ui:
         if other is not None:
-            if run or text is not None:
+            if run or long or text is not None:
                 raise typer.BadParameter(
-                    "--run and --text are for one folder; verify each by itself", param_hint="OTHER"
+                    "--run, --long and --text are for one folder; verify each by itself", param_hint="OTHER"
                 )
             _compare(ui, existing(folder, "FOLDER"), existing(other, "OTHER"))
             return
-        report = check(existing(folder, "FOLDER"), run=run, text=read_text(text))
+        report = check(existing(folder, "FOLDER"), run=run, long=long, text=read_text(text))
         rows = table("what", "differs")
         for problem in report.files:
             rows.add_row(*problem.split(": ", 1))
@@ -57,6 +61,8 @@ def verify(
         parts = [rows] if rows.row_count else []
         if report.runtime:
             parts.append(_runtime_table(report.runtime))
+        if report.long:
+            parts.append(_long_table(report.long))
         good = sum(t.ok for t in report.tensors)
         verdict = f"{folder}: {good} of {len(report.tensors)} tensors are exactly what the receipt says"
         ui.result(report.to_dict(), *parts, verdict)
@@ -75,6 +81,18 @@ def _compare(ui: Ui, folder: Path, other: Path) -> None:
     ui.result(found.to_dict(), *([rows] if rows.row_count else []), f"{verdict} are identical")
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _long_table(result: LongResult) -> Table:
+    rows = table(f"in {result.name}, long", "factors", "relative error>", "doing the same>", "within the bar", "why")
+    for one in result.lengths:
+        same = "" if one.deviation_error is None else f"{one.deviation_error:.2e}"
+        verdict = "yes" if one.ok else "NO"
+        error = f"{one.relative_error:.2e}"
+        rows.add_row(f"{one.tokens} tokens", one.factors or "", error, same, verdict, one.deviation or "")
+    for difference in result.differences:
+        rows.add_row("settings", "", "", "", "NO", difference)
+    return rows
 
 
 def _runtime_table(result: RuntimeResult) -> Table:

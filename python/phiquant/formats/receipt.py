@@ -4,7 +4,7 @@
  "files": {name: {"bytes", "sha256"} or {"bytes", "header": {"bytes", "sha256"}}},
  "tensors": [{"name", "stored_as", "shape", "file", "spec", "codes", "parameters", "exact"}
              or {"name", "stored_as", "shape", "file", "dtype", "values", "exact"}],
- "verified": {...} or null}
+ "verified": {...} or null, "model": {field of config.json: value}}
 """
 
 from __future__ import annotations

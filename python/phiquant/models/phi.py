@@ -24,6 +24,14 @@ LAYER_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "
 # goes by its name beside the fused one's: "model.layers.0.self_attn.v_proj" is some rows of "...self_attn.qkv_proj".
 SLICES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+# The fields of config.json that decide what a model computes.
+COMPUTED = (
+    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
+    "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "rope_theta",
+    "partial_rotary_factor", "rope_scaling", "rope_parameters",
+)  # fmt: skip
+
 # Each norm feeds one linear: (norm, its consumer), both inside model.layers.<i>.
 NORM_CONSUMERS = (("input_layernorm", "self_attn.qkv_proj"), ("post_attention_layernorm", "mlp.gate_up_proj"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..models import phi
 
 WINDOW = 256
 _CHARACTERS = 12  # of source code per token, at most on average
+# Ids that the config does not name are not the defaults of Phi3Config, which may lie outside the vocabulary.
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def decoded_model(config: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:
     """A Phi3ForCausalLM in float32 with the values that the readers decode: the whole model in memory."""
     transformers = need("transformers", extra="hf")
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype", "auto_map")}
-    settings = transformers.Phi3Config.from_dict(plain)
+    settings = transformers.Phi3Config.from_dict({**_NO_TOKENS, **plain})
     model = transformers.Phi3ForCausalLM(settings).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,8 +88,7 @@ def compare(runtime: Any, rows: list[list[int]], logits: list[np.ndarray], refer
     """What a runtime computed for `rows` beside what the model `reference` does."""
     expected = [values.float().cpu() for values in evaluate.model_logits(reference, rows)]
     got = [torch.tensor(values) for values in logits]
-    difference = sum(float((a - b).square().sum()) for a, b in zip(got, expected, strict=True))
-    error = (difference / sum(float(values.square().sum()) for values in expected)) ** 0.5
+    error = relative_error(got, expected)
     compared = evaluate.compare_logits(rows, got, expected)
     return RuntimeResult(
         name=runtime.NAME,
@@ -100,3 +101,9 @@ def compare(runtime: Any, rows: list[list[int]], logits: list[np.ndarray], refer
         reference_perplexity=compared.reference_perplexity,
         tokens=compared.tokens,
     )
+
+
+def relative_error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """|got - expected| / |expected|, 2-norms over all values."""
+    difference = sum(float((a - b).square().sum()) for a, b in zip(got, expected, strict=True))
+    return float((difference / sum(float(values.square().sum()) for values in expected)) ** 0.5)
