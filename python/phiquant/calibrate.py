@@ -178,7 +178,7 @@ class _Run:
                 self.progress(name, self.done, self.total)
             weight = module.get_parameter("weight").detach()
             if inputs is None:
-                solved.setdefault(name, quantize_tensor(weight, spec, _nearest(spec), f"{name}.weight"))
+                solved.setdefault(name, quantize_tensor(weight, spec, nearest(spec), f"{name}.weight"))
             else:
                 work, prefix, activations = inputs
                 linear = work.get_submodule(name.removeprefix(prefix))
@@ -196,7 +196,7 @@ class _Run:
         solved = quantize_tensor(weight, spec, self.solver, f"{name}.weight", statistics=statistics)
         before, after = (
             output_error(weight, quantized, statistics)
-            for quantized in (quantize_tensor(weight, spec, _nearest(spec), f"{name}.weight"), solved)
+            for quantized in (quantize_tensor(weight, spec, nearest(spec), f"{name}.weight"), solved)
         )
         _log.info(
             "%s: output error %.2e nearest, %.2e %s; %s, %d tokens, %.1f s",
@@ -205,7 +205,8 @@ class _Run:
         return solved
 
 
-def _nearest(spec: QuantSpec) -> str:
+def nearest(spec: QuantSpec) -> str:
+    """The solver of the layers without inputs to weigh errors by."""
     return "kmeans" if isinstance(spec.element, Codebook) else "rtn"
 
 

@@ -84,7 +84,8 @@ class CheckpointSource:
                 if spec is not None:
                     _check_shape(entry, own, spec)
                 self._places[entry] = (name, rows.start)
-                yield Entry(entry, own, spec, float_dtype or self.checkpoint.dtype(name))
+                origin = {"solver": self.solver} if spec is not None else None
+                yield Entry(entry, own, spec, float_dtype or self.checkpoint.dtype(name), origin)
 
     def _fingerprint(self) -> str:
         inputs = {

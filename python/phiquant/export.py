@@ -131,6 +131,7 @@ def sign(out: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise PhiquantError(f"{out} does not hold what was written; the disk may be failing: {report}")
     receipt = receipts.read(out)
     package = find(report.format).reader
+    receipt["versions"][package] = receipts.version(package)
     receipt["model"] = {key: config[key] for key in phi.COMPUTED if config.get(key) is not None}
     receipt["verified"] = {"tensors": len(report.tensors), "reader": f"{package} {receipts.version(package)}"}
     receipts.write(out, receipt)

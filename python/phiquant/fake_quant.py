@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from . import ops, two_level
 from .observers import KeepsDtype, MinMaxObserver, Observer, range_arguments
 from .spec import Codebook, FixedPoint, QuantSpec
 from .spec import spec as read_spec
-from .tensor import QuantizedTensor, block_scales, element_arguments
+from .tensor import PARAMETERS, QuantizedTensor, block_scales, element_arguments
 
 RangeMode = Literal["tensor", "observer"]
 
@@ -137,6 +138,42 @@ class FakeQuantize(KeepsDtype):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, range={self.range}"
+
+
+class KnownGrid(KeepsDtype):
+    """Fake-quantizes on the grid of a tensor that has codes already: its parameters stay as they are stored.
+
+    For grids of every kind, two levels of scales and codebooks too. A value that still is what its code
+    decodes to keeps that code: `quantize` of an untrained weight gives the very tensor again.
+    """
+
+    codes: Tensor
+
+    def __init__(self, quantized: QuantizedTensor) -> None:
+        super().__init__()
+        self.spec = quantized.spec
+        for name in ("codes", *PARAMETERS):
+            self.register_buffer(name, getattr(quantized, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the grid, same shape and dtype."""
+        old = self._quantized
+        return ops.fake_quantize(x, *old.grid(), **_grid(self.spec, x, old.codebook))
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """The codes that `forward(x)` decodes."""
+        old = self._quantized
+        codes = ops.quantize(x.detach(), *old.grid(), **_grid(self.spec, x, old.codebook)).contiguous()
+        fresh = replace(old, codes=codes)
+        return replace(old, codes=torch.where(fresh.dequantize() == old.dequantize(), old.codes, codes))
+
+    @property
+    def _quantized(self) -> QuantizedTensor:
+        return QuantizedTensor(spec=self.spec, **{name: getattr(self, name) for name in ("codes", *PARAMETERS)})
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, parameters as stored"
 
 
 def encode(

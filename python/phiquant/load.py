@@ -1,4 +1,4 @@
-"""Load a float Phi-3 model and its tokenizer: the embedded one, a local folder, or a hub name."""
+"""Load a Phi-3 model and its tokenizer: the embedded one, a local folder, an exported file, or a hub name."""
 
 from __future__ import annotations
 
@@ -13,32 +13,56 @@ import torch
 
 from .errors import PhiquantError
 from .extras import need
+from .formats.detect import Found, detect
+from .load_exported import load_exported
 from .models import phi
 
 EMBEDDED = "phi3-tiny"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def load(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(
+    source: str | Path, dtype: torch.dtype = torch.float32, *, tokenizer: str | Path | None = None
+) -> tuple[Any, Any]:
     """A Phi3ForCausalLM in `dtype`, in eval mode, and its tokenizer.
 
-    source: "phi3-tiny", a folder with config.json and safetensors, or a hub name such as
-        "microsoft/Phi-4-mini-instruct" (downloaded by transformers, or taken from its cache).
+    source: "phi3-tiny", a folder with config.json and safetensors, a hub name such as
+        "microsoft/Phi-4-mini-instruct" (downloaded by transformers, or taken from its cache), or an exported file or
+        folder of any format, others' too: layers with codes are then QuantizedLinear and QuantizedEmbedding, to
+        evaluate, export again, or go on training by prepare_qat(model).
+    tokenizer: a folder to take it from, for exported files that have none that transformers reads.
     Pickled checkpoints are never opened. PhiquantError says what is missing or not supported.
     """
     if str(source) == EMBEDDED:
         with as_file(files("phiquant") / "data" / EMBEDDED) as folder:
             return _load_folder(folder, dtype)
     folder = Path(source)
+    if (found := _exported(folder)) is not None:
+        return load_exported(found, dtype, None if tokenizer is None else Path(tokenizer))
     if folder.is_dir():
         return _load_folder(folder, dtype)
     if folder.exists():
-        raise PhiquantError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
+        raise PhiquantError(
+            f"{folder} is a file in no format that phiquant reads; of a checkpoint, give the folder that holds "
+            "config.json and the safetensors files"
+        )
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         raise PhiquantError(
             f"no folder {str(source)!r}; give {EMBEDDED!r}, an existing folder, or a hub name 'owner/model'"
         )
     return _load_hub(str(source), dtype)
+
+
+def _exported(path: Path) -> Found | None:
+    """The exported model at `path`; None for float checkpoints, which transformers reads by itself."""
+    found = detect(path)
+    if found is None or found.format.name != "safetensors":
+        return found
+    try:
+        config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(config, dict) and config.get("quantization_config") else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

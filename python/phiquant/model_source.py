@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import uuid
@@ -41,6 +42,11 @@ class ModelSource:
         self.fingerprint = uuid.uuid4().hex  # nothing identifies a model in memory after its process ended
         self._parameters = {_entry_name(name): value for name, value in model.named_parameters()}
         self._codes = _codes(model)
+        self._origins = {
+            projection_name(name): module.weight_quantizer.origin
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+        }
         phi.check_complete(self.config, {name: tuple(value.shape) for name, value in self._parameters.items()})
         self.entries: Sequence[Entry] = [self._entry(name, float_dtype) for name in self._names()]
         self._refuse_strangers(model)
@@ -56,10 +62,8 @@ class ModelSource:
         whole = self._codes[entry.module]
         if rows.indices(entry.shape[0]) == (0, entry.shape[0], 1):
             return whole
-        scales, zero_points, minimums = (
-            None if part is None else part[rows] for part in (whole.scales, whole.zero_points, whole.minimums)
-        )
-        return QuantizedTensor(whole.codes[rows], scales, zero_points, minimums, whole.spec, whole.codebook)
+        parts: dict[str, Any] = {name: part[rows] for name, part in whole.parameters.items() if name != "codebook"}
+        return dataclasses.replace(whole, codes=whole.codes[rows], **parts)
 
     def _names(self) -> Iterator[str]:
         """The tensors in the order of the model, a split projection's slices in place of it."""
@@ -72,7 +76,7 @@ class ModelSource:
         shape = tuple(value.shape)
         codes = self._codes.get(name.removesuffix(".weight"))
         if codes is not None:
-            return Entry(name, shape, codes.spec)
+            return Entry(name, shape, codes.spec, origin=self._origins[name.removesuffix(".weight")] or None)
         return Entry(name, shape, None, float_dtype or _narrowest(value.detach()))
 
     def _refuse_strangers(self, model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from torch import nn
 
 from . import integer
 from .errors import PhiquantError
-from .fake_quant import FakeQuantize
+from .fake_quant import FakeQuantize, KnownGrid
 from .learned import LearnedFakeQuantize, TrainedTernary
 from .observers import KeepsDtype
 from .spec import PerToken, QuantSpec
 from .tensor import PARAMETERS, QuantizedTensor
 
-Quantizer = FakeQuantize | LearnedFakeQuantize | TrainedTernary
+Quantizer = FakeQuantize | KnownGrid | LearnedFakeQuantize | TrainedTernary
+Origin = dict[str, Any]  # how codes were chosen, fit for JSON: {"solver": "gptq", "statistics": {...}}
 
 
 class QATLinear(nn.Linear):
@@ -32,6 +33,7 @@ class QATLinear(nn.Linear):
     """
 
     weight_quantizer: Quantizer
+    origin: Origin
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight_quantizer(self.weight), self.bias)
@@ -41,6 +43,7 @@ class QATEmbedding(nn.Embedding):
     """An Embedding whose table passes through its grid in every forward: ids [...] -> [..., K]."""
 
     weight_quantizer: Quantizer
+    origin: Origin
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.embedding(
@@ -55,7 +58,10 @@ class QATEmbedding(nn.Embedding):
 
 
 class StoredCodes(KeepsDtype):
-    """The codes and parameters of one weight, as buffers that keep their dtype when the model changes its own."""
+    """The codes and parameters of one weight, as buffers that keep their dtype when the model changes its own.
+
+    origin: how they were chosen, which receipts tell; {} if nobody said.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor | None
@@ -63,9 +69,10 @@ class StoredCodes(KeepsDtype):
     minimums: torch.Tensor | None
     codebook: torch.Tensor | None
 
-    def __init__(self, quantized: QuantizedTensor) -> None:
+    def __init__(self, quantized: QuantizedTensor, origin: Origin | None = None) -> None:
         super().__init__()
         self.spec: QuantSpec = quantized.spec
+        self.origin: Origin = origin or {}
         for name in ("codes", *PARAMETERS):
             self.register_buffer(name, getattr(quantized, name))
 
@@ -178,6 +185,7 @@ class QuantizedEmbedding(_HoldsCodes, nn.Embedding):
 
 
 QAT_CLASS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: QATLinear, nn.Embedding: QATEmbedding}
+CONTINUED_CLASS: dict[type[nn.Module], type[nn.Module]] = {QuantizedLinear: QATLinear, QuantizedEmbedding: QATEmbedding}
 QUANTIZED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
     nn.Embedding: QuantizedEmbedding,
@@ -187,14 +195,21 @@ QUANTIZED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def to_qat(module: nn.Module, quantizer: Quantizer) -> None:
-    """Make a Linear or Embedding, in place, one that trains through `quantizer`. Parameters stay the same objects."""
-    module.__class__ = QAT_CLASS[type(module)]
+def to_qat(module: nn.Module, quantizer: Quantizer, origin: Origin | None = None) -> None:
+    """Make a Linear or Embedding, in place, one that trains through `quantizer`. Parameters stay the same objects.
+
+    The layer may hold codes already: their decoded values are then trained. origin: what its codes will tell.
+    """
+    module.__class__ = (QAT_CLASS | CONTINUED_CLASS)[type(module)]
     module.weight_quantizer = quantizer
+    module.origin = origin or {}  # type: ignore[assignment]
+    module.get_parameter("weight").requires_grad_(True)
 
 
-def to_quantized(module: nn.Module, quantized: QuantizedTensor, weight: nn.Parameter) -> None:
+def to_quantized(
+    module: nn.Module, quantized: QuantizedTensor, weight: nn.Parameter, origin: Origin | None = None
+) -> None:
     """Make a layer, in place, one that holds `quantized`; `weight` is its decode (shared by tied layers)."""
     module.__class__ = QUANTIZED_CLASS[type(module)]
     module.weight = weight
-    module.weight_quantizer = StoredCodes(quantized)
+    module.weight_quantizer = StoredCodes(quantized, origin)

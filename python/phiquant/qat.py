@@ -85,7 +85,7 @@ Progress = Callable[[float, Report], None]  # (share of the run that is done, 0 
 def train(
     model: Any,
     tokenizer: Any,
-    what: What,
+    what: What | None,
     *,
     text: str | None = None,
     settings: Settings | None = None,
@@ -96,7 +96,8 @@ def train(
 ) -> Report:
     """Prepare, train and convert `model` in place: afterwards it holds codes, ready to export.
 
-    what: a target, spec or Recipe; "float" in a Recipe's place trains a float control.
+    what: a target, spec or Recipe; "float" in a Recipe's place trains a float control; None: go on with the codes
+        that the model has, on their grids.
     text: what to train on; default: the standard library without the held-out modules.
     teacher: the model to stay close to; default: a copy of `model` as it comes.
     range: as in prepare_qat, but for "learned". A range frozen where the mse solver puts it comes closer than one that
@@ -109,7 +110,7 @@ def train(
             "qat.train trains weights alone; learned scales want a learning rate of their own: docs/learned-scales.md"
         )
     settings = settings or Settings()
-    recipe = as_recipe(what)
+    recipe = None if what is None else as_recipe(what)
     ids = encode(tokenizer, text if text is not None else _default_text(settings))
     _check(model, ids, settings)
     if teacher is None and settings.language_model < 1:
@@ -119,7 +120,7 @@ def train(
     with _frozen([p for p in model.parameters() if on_grid and not settings.train_float and id(p) not in on_grid]):
         report = distill(model, teacher, ids, settings, folder=folder, progress=progress)
     if on_grid:
-        convert(model)
+        convert(model, trained={"steps": report.steps, "tokens": report.tokens})
     return report
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from .calibrate import Calibration, calibrate, token_windows
+from .calibrate import Calibration, calibrate, nearest, token_windows
 from .errors import PhiquantError
-from .fake_quant import FakeQuantize
+from .fake_quant import FakeQuantize, KnownGrid
 from .learned import LearnedFakeQuantize
+from .models import phi
 from .modules import (
     QAT_CLASS,
+    Origin,
     QATEmbedding,
     QATLinear,
     QuantizedEmbedding,
@@ -25,7 +28,7 @@ from .modules import (
 )
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, quantize_tensor
-from .spec import QuantSpec, Target
+from .spec import Codebook, QuantSpec, Target
 from .split_linear import projection_name, split
 from .tensor import QuantizedTensor
 
@@ -68,11 +71,16 @@ def quantize(
             chosen = [(names[0], modules[0], spec) for names, modules, spec in groups]
             place = None if folder is None else Path(folder)
             found = calibrate(model, chosen, solver, ids, folder=place, offload=offload, progress=progress)
-            solved = [(modules, found[names[0]]) for names, modules, _ in groups]
+            statistics = {"solver": solver, "statistics": _about(ids)}
+            solved = [
+                (modules, found[names[0]], {"solver": nearest(spec)} if names[0] == phi.EMBEDDING else statistics)
+                for names, modules, spec in groups
+            ]
         else:
-            solved = list(_solve(groups, solver, progress))
-    for modules, quantized in solved:
-        _attach(modules, quantized)
+            chosen_by = {"solver": solver}
+            solved = [(modules, quantized, chosen_by) for modules, quantized in _solve(groups, solver, progress)]
+    for modules, quantized, origin in solved:
+        _attach(modules, quantized, origin)
     if progress:
         progress("done", len(groups), len(groups))
     return model
@@ -88,9 +96,12 @@ def _solve(
         yield modules, quantize_tensor(weight, spec, solver=solver, name=f"{names[0]}.weight")
 
 
-def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
+def prepare_qat(model: Model, what: What | None = None, range: Range = "tensor") -> Model:
     """Let the model train through its grids, in place: what trains is what convert() will store.
 
+    what: a target, a spec or a Recipe. None: go on with a model that has codes (of load() or quantize()): its layers
+        start from the decoded weights on the very grids they have, whatever `range` says, and convert() gives
+        the same codes again where nothing was trained.
     range: where a grid's range comes from. "tensor": the weight as it is in each step. "observer": the
         extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
         kept through training. "learned": starts there and is trained with the weights (LSQ, LSQ+): new
@@ -99,6 +110,8 @@ def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
     gives q, k, v or gate, up different specs, the fused linear becomes a SplitLinear of new ones.)
     Returns the model. On an error it is unchanged.
     """
+    if what is None:
+        return _continue(model)
     specs = _specs(model, what)
     made = []
     with split(model, specs):
@@ -108,15 +121,30 @@ def prepare_qat(model: Model, what: What, range: Range = "tensor") -> Model:
             made.append((modules, _quantizer(weight, spec, range)))
     for modules, quantizer in made:
         for module in modules:
-            to_qat(module, quantizer)
+            to_qat(module, quantizer, {"solver": "qat", "range": range})
+    return model
+
+
+def _continue(model: Model) -> Model:
+    """Let the layers that hold codes train on, each on its own grid."""
+    quantizers: dict[int, KnownGrid] = {}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
+    if not layers:
+        raise PhiquantError(f"{type(model).__name__} has no codes to go on with; name a grid: prepare_qat(model, spec)")
+    for name, module in layers:
+        quantizers.setdefault(id(module.weight), KnownGrid(module.checked(name)))
+    for _, module in layers:
+        origin = {"solver": "qat", "range": "stored", "from": module.weight_quantizer.origin}
+        to_qat(module, quantizers[id(module.weight)], origin)
     return model
 
 
 @torch.no_grad()
-def convert(model: Model, progress: Progress | None = None) -> Model:
+def convert(model: Model, progress: Progress | None = None, *, trained: Mapping[str, Any] | None = None) -> Model:
     """Store the codes of a model trained after prepare_qat(), in place.
 
-    The codes decode to exactly the weights that the last forward computed with. Returns the model.
+    The codes decode to exactly the weights that the last forward computed with. trained: what the receipt shall
+    tell of the training, {"steps": 600, ...}. Returns the model.
     """
     groups: dict[int, list[tuple[str, QATLinear | QATEmbedding]]] = {}
     for name, module in model.named_modules():
@@ -124,26 +152,34 @@ def convert(model: Model, progress: Progress | None = None) -> Model:
             groups.setdefault(id(module.weight), []).append((name, module))
     if not groups:
         raise PhiquantError(f"{type(model).__name__} has no layer in training; call prepare_qat(model, spec) first")
-    solved: list[tuple[list[nn.Module], QuantizedTensor]] = []
+    solved: list[tuple[list[nn.Module], QuantizedTensor, Origin]] = []
     for done, members in enumerate(groups.values()):
         name, first = members[0]
         if progress:
             progress(name, done, len(groups))
         if not torch.isfinite(first.weight).all():
             raise PhiquantError(f"{name}.weight is not finite after training; lower the learning rate")
-        solved.append(([module for _, module in members], first.weight_quantizer.quantize(first.weight.detach())))
-    for modules, quantized in solved:
-        _attach(modules, quantized)
+        origin = {**first.origin, **(trained or {})}
+        quantized = first.weight_quantizer.quantize(first.weight.detach())
+        solved.append(([module for _, module in members], quantized, origin))
+    for modules, quantized, origin in solved:
+        _attach(modules, quantized, origin)
     if progress:
         progress("done", len(groups), len(groups))
     return model
 
 
-def _attach(modules: list[nn.Module], quantized: QuantizedTensor) -> None:
+def _about(ids: torch.Tensor) -> dict[str, Any]:
+    """What the receipt tells of calibration data: token ids [n, T]."""
+    digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
+    return {"kind": "inputs of each layer", "windows": len(ids), "tokens": ids.numel(), "digest": digest}
+
+
+def _attach(modules: list[nn.Module], quantized: QuantizedTensor, origin: Origin) -> None:
     dtype = modules[0].get_parameter("weight").dtype
     weight = nn.Parameter(quantized.dequantize(dtype), requires_grad=False)
     for module in modules:
-        to_quantized(module, quantized, weight)
+        to_quantized(module, quantized, weight, origin)
 
 
 def _specs(model: nn.Module, what: What) -> dict[str, QuantSpec | None]:
@@ -181,8 +217,8 @@ def _refuse_twice(model: nn.Module) -> None:
             raise PhiquantError(f"{name} is already prepared for QAT; convert(model) comes next")
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             raise PhiquantError(
-                f"{name} is already quantized to {module.quantized.spec}; codes are chosen once: "
-                "load the float model to choose others"
+                f"{name} is already quantized to {module.quantized.spec}; codes are chosen once: load the float model "
+                "to choose others, or go on with these by prepare_qat(model) without a grid"
             )
 
 
@@ -195,6 +231,9 @@ def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> Quantizer
         return learned
     if range == "tensor":
         return FakeQuantize(spec)
+    if range == "mse" and (spec.two_level is not None or isinstance(spec.element, Codebook)):
+        solver = "kmeans" if isinstance(spec.element, Codebook) else "mse"
+        return KnownGrid(quantize_tensor(weight.detach().cpu(), spec, solver=solver)).to(weight.device)
     quantizer = FakeQuantize(spec, range="observer")
     if range == "observer":
         quantizer.to(weight.device).observe(weight.detach())  # a range to begin with, also in evaluation mode

@@ -16,10 +16,11 @@ from .errors import PhiquantError
 from .load import load
 from .modules import QuantizedEmbedding, QuantizedLinear, to_quantized
 from .spec import spec
-from .tensor import QuantizedTensor
+from .split_linear import projection_name, split
+from .tensor import PARAMETERS, QuantizedTensor
 
 STATE, FACTS = "model.safetensors", "run.json"
-_PARTS = ("codes", "scales", "zero_points", "minimums", "codebook")
+_PARTS = ("codes", *PARAMETERS)
 
 
 def save(model: Any, source: str, folder: Path, **facts: Any) -> None:
@@ -27,7 +28,9 @@ def save(model: Any, source: str, folder: Path, **facts: Any) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    specs = {n: str(m.quantized.spec) for n, m in model.named_modules() if isinstance(m, _QUANTIZED)}
+    quantized = {n: m.weight_quantizer for n, m in model.named_modules() if isinstance(m, _QUANTIZED)}
+    specs = {name: str(stored.spec) for name, stored in quantized.items()}
+    origins = {name: stored.origin for name, stored in quantized.items() if stored.origin}
     seen: dict[int, str] = {}
     state = {}
     for name, value in model.state_dict().items():
@@ -37,7 +40,9 @@ def save(model: Any, source: str, folder: Path, **facts: Any) -> None:
     save_file(state, partial)
     partial.replace(folder / STATE)
     partial = folder / f"{FACTS}.partial"
-    partial.write_text(json.dumps({"source": source, "specs": specs} | facts, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(
+        json.dumps({"source": source, "specs": specs, "origins": origins} | facts, indent=2) + "\n", encoding="utf-8"
+    )
     partial.replace(folder / FACTS)
 
 
@@ -63,14 +68,15 @@ def restore(folder: Path) -> tuple[Any, Any]:
         state = load_file(folder / STATE)
     except (SafetensorError, OSError) as error:
         raise PhiquantError(f"{folder / STATE} is damaged or missing ({error}); run `phiquant qat` again") from error
-    modules = dict(model.named_modules())
+    with split(model, map(projection_name, facts["specs"])):
+        modules = dict(model.named_modules())
     for name, text in facts["specs"].items():
-        parts = [state.pop(f"{name}.weight_quantizer.{part}", None) for part in _PARTS]
-        if name not in modules or parts[0] is None:
+        parts: dict[str, Any] = {part: state.pop(f"{name}.weight_quantizer.{part}", None) for part in _PARTS}
+        if name not in modules or parts["codes"] is None:
             raise PhiquantError(f"{folder}: the run lists {name}, which its model or its state does not have")
-        quantized = QuantizedTensor(parts[0], parts[1], parts[2], parts[3], spec(text), parts[4])
-        dtype = modules[name].weight.dtype
-        to_quantized(modules[name], quantized, torch.nn.Parameter(quantized.dequantize(dtype), requires_grad=False))
+        quantized = QuantizedTensor(spec=spec(text), **parts)
+        weight = torch.nn.Parameter(quantized.dequantize(modules[name].weight.dtype), requires_grad=False)
+        to_quantized(modules[name], quantized, weight, facts.get("origins", {}).get(name))
         state.pop(f"{name}.weight", None)
     _load_floats(model, state, folder)
     return model, tokenizer

@@ -2,9 +2,11 @@
 
 {"phiquant": version, "format": "gguf", "targets": [...], "versions": {...},
  "files": {name: {"bytes", "sha256"} or {"bytes", "header": {"bytes", "sha256"}}},
- "tensors": [{"name", "stored_as", "shape", "file", "spec", "codes", "parameters", "exact"}
+ "tensors": [{"name", "stored_as", "shape", "file", "spec", "target", "codes", "parameters", "exact", "origin"}
              or {"name", "stored_as", "shape", "file", "dtype", "values", "exact"}],
  "verified": {...} or null, "model": {field of config.json: value}}
+
+"origin" says how the codes were chosen: solver, and the data or the training it took. docs/receipt.md has it all.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def tensor_record(
         **kind,
         **digests,
         "exact": exact,
+        **({} if entry.origin is None else {"origin": dict(entry.origin)}),
     }
 
 
@@ -101,6 +104,7 @@ def make(
 ) -> dict[str, Any]:
     """A receipt. packages: those whose versions had a part in the bytes, besides torch and numpy."""
     specs = {entry.spec for entry in entries if entry.spec is not None}
+    names = {str(t.spec): t.name for t in reversed(TARGETS.values()) if t.format == format_name and t.spec}
     targets = [t.name for t in TARGETS.values() if t.format == format_name and t.spec in specs and t.spec]
     return {
         "phiquant": version("phiquant"),
@@ -109,9 +113,14 @@ def make(
         "specs": sorted(map(str, specs)),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "numpy", *packages)}},
         "files": {name: dict(record) for name, record in files.items()},
-        "tensors": [dict(record) for record in tensors],
+        "tensors": [_with_target(record, names) for record in tensors],
         "verified": None,
     }
+
+
+def _with_target(record: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    target = names.get(str(record.get("spec")))
+    return dict(record) | ({"target": target} if target else {})
 
 
 def version(package: str) -> str:
