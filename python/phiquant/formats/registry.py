@@ -42,6 +42,7 @@ FORMATS = {
         Format("gguf", "llamacpp", "gguf", ("*.gguf",), "gguf", single_file=True),
         Format("onnx", "onnx", "onnx", ("*.onnx", "*.onnx.data"), "onnx"),
         Format("safetensors", "transformers", "hf", ("*.safetensors",), "safetensors"),
+        Format("openvino", "openvino", "openvino", ("openvino_model.bin",), "openvino"),
     )
 }
 
