@@ -55,8 +55,8 @@ def race(rounds: int) -> dict[str, Any]:
     """Quantize and pack 3072 x 8192 fp32 to Q4_0, ours and gguf-py's, interleaved, one thread."""
     import gguf
     from phiquant import TARGETS, quantize_tensor
-    from phiquant.formats.gguf_container import Q4_0
     from phiquant.formats.gguf_pack import pack
+    from phiquant.formats.gguf_types import TYPES
     from phiquant.formats.source import Entry, row_slices
 
     torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def race(rounds: int) -> dict[str, Any]:
     slices = list(row_slices(Entry("w", tuple(w.shape), spec)))  # the pieces that a writer asks for
 
     def pieces() -> Iterator[np.ndarray]:
-        return (pack("w", quantize_tensor(w[rows], spec), Q4_0) for rows in slices)
+        return (pack("w", quantize_tensor(w[rows], spec), TYPES["Q4_0"]) for rows in slices)
 
     ours: Callable[[], Any] = lambda: sum(len(piece) for piece in pieces())  # noqa: E731
     theirs: Callable[[], Any] = lambda: gguf.quants.quantize(w.numpy(), gguf.GGMLQuantizationType.Q4_0)  # noqa: E731

@@ -15,59 +15,12 @@ namespace py = pybind11;
 namespace phiquant {
 
 void bind_pack_dense(py::module_& m);
+void bind_gguf(py::module_& m);
 
 namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
-
-template <class T>
-void check_size(const Array<T>& a, int64_t expected, const char* name) {
-  if (a.size() != expected) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(a.size()) + " values, expected " +
-                                std::to_string(expected));
-  }
-}
-
-// Number of blocks of 32 in `codes`.
-template <class T>
-int64_t blocks_of(const Array<T>& codes) {
-  if (codes.size() % 32 != 0) {
-    throw std::invalid_argument("codes come in blocks of 32; got " + std::to_string(codes.size()) + " values");
-  }
-  return codes.size() / 32;
-}
-
-Array<uint8_t> pack_q4_0_array(const Array<int8_t>& codes, const Array<uint16_t>& d) {
-  const int64_t blocks = blocks_of(codes);
-  check_size(d, blocks, "d");
-  Array<uint8_t> out(blocks * static_cast<int64_t>(sizeof(BlockQ4_0)));
-  auto* data = reinterpret_cast<BlockQ4_0*>(out.mutable_data());
-  py::gil_scoped_release release;
-  phiquant::pack_q4_0(codes.data(), d.data(), blocks, data);
-  return out;
-}
-
-Array<uint8_t> pack_q4_1_array(const Array<uint8_t>& codes, const Array<uint16_t>& d, const Array<uint16_t>& m) {
-  const int64_t blocks = blocks_of(codes);
-  check_size(d, blocks, "d");
-  check_size(m, blocks, "m");
-  Array<uint8_t> out(blocks * static_cast<int64_t>(sizeof(BlockQ4_1)));
-  auto* data = reinterpret_cast<BlockQ4_1*>(out.mutable_data());
-  py::gil_scoped_release release;
-  phiquant::pack_q4_1(codes.data(), d.data(), m.data(), blocks, data);
-  return out;
-}
-
-Array<uint8_t> pack_q8_0_array(const Array<int8_t>& codes, const Array<uint16_t>& d) {
-  const int64_t blocks = blocks_of(codes);
-  check_size(d, blocks, "d");
-  Array<uint8_t> out(blocks * static_cast<int64_t>(sizeof(BlockQ8_0)));
-  auto* data = reinterpret_cast<BlockQ8_0*>(out.mutable_data());
-  py::gil_scoped_release release;
-  phiquant::pack_q8_0(codes.data(), d.data(), blocks, data);
-  return out;
-}
 
 Array<int32_t> pack_int32_array(const Array<int8_t>& codes) {
   if (codes.ndim() != 2 || codes.shape(1) % 8 != 0) {
@@ -101,12 +54,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_cpu_level", [](const std::string& name) { set_cpu_level(level_from_name(name)); }, py::arg("name"),
       "use this CPU level from now on; ValueError if it is unknown or this CPU lacks it");
-  m.def("pack_q4_0", &pack_q4_0_array, py::arg("codes"), py::arg("d"),
-        "int8 codes in -8..7 [blocks * 32], fp16 bits [blocks] -> GGUF Q4_0 bytes [blocks * 18]");
-  m.def("pack_q4_1", &pack_q4_1_array, py::arg("codes"), py::arg("d"), py::arg("m"),
-        "uint8 codes in 0..15 [blocks * 32], fp16 bits [blocks] twice -> GGUF Q4_1 bytes [blocks * 20]");
-  m.def("pack_q8_0", &pack_q8_0_array, py::arg("codes"), py::arg("d"),
-        "int8 codes [blocks * 32], fp16 bits [blocks] -> GGUF Q8_0 bytes [blocks * 34]");
+  bind_gguf(m);
   m.def("pack_int32", &pack_int32_array, py::arg("codes"),
         "int8 codes in -8..7 [rows, cols] -> int32 [rows, cols / 8], code j + 8 in bits 4 (j % 8)");
   bind_pack_dense(m);

@@ -1,7 +1,8 @@
 // The range of least squared error of each block: over a grid of shrunken ranges, and exactly.
 //
 // error(s) = sum over the block of (s q(x / s) - x)^2, q rounds and clamps to [qmin, qmax]; for minifloats and tables
-// of up to 16 levels, with the rule absmax, q is the nearest level, and there is the grid search alone.
+// of up to 16 levels, with the rule absmax (tables: or signed_absmax), q is the nearest level, and there is the grid
+// search alone.
 //
 // grid   The min-max range and shrunken ones: ratios 1 down to 0.4 in steps of 0.04, then around the best
 //        in steps of 0.01 (20 in all); for signed_absmax both signs of the scale. A range is taken in place of min-max

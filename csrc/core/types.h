@@ -63,7 +63,7 @@ struct Grid {
 // How a range [lo, hi] becomes scale and offset.
 enum class Rule {
   absmax,         // s = max|x| / qmax; where s is stored as e8m0, qmax is its own largest power of two
-  signed_absmax,  // s = x* / qmin, x* = the value of largest magnitude, with its sign
+  signed_absmax,  // s = x* / qmin (or lowest level), x* = the value of largest magnitude, with its sign
   zero_point,     // s = (hi - lo) / (qmax - qmin), the range widened to hold 0; z = rne(qmin - lo / s)
   minimum,        // m = lo, s = (hi - m) / (qmax - qmin)
   absmean,        // s = mean|x|

@@ -125,14 +125,15 @@ inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t
   check(0 <= rule && rule <= 5, "rule must be 0 to 5");
   check(0 <= storage && storage <= 4, "storage must be 0 to 4");
   const Rule r = static_cast<Rule>(rule);
-  check(format == 0 || r == Rule::absmax || r == Rule::absmean, "floats and tables have the rules absmax and absmean");
-  check(r != Rule::signed_absmax || qmin < 0, "signed_absmax needs a negative qmin");
+  check(format == 0 || r == Rule::absmax || r == Rule::absmean || (r == Rule::signed_absmax && format == 6),
+        "floats and tables have the rules absmax and absmean, tables signed_absmax too");
   check(r != Rule::absmax || qmax > 0, "absmax needs a positive qmax");
   check(r != Rule::minimum || qmin == 0, "a grid with a minimum needs qmin 0");
   check(r != Rule::twn || (qmin == -1 && qmax == 1), "twn is the rule of the codes -1, 0, 1");
   check(storage != 3 || r == Rule::absmax, "a scale stored as e8m0 has the rule absmax");
   const Grid grid = grid_of(qmin, qmax, r == Rule::minimum, format, levels, 1);
   check(r != Rule::absmax || grid.qmax > 0.0f, "absmax needs a positive largest level");
+  check(r != Rule::signed_absmax || grid.qmin < 0.0f, "signed_absmax needs a lowest level below 0");
   return {grid, r, static_cast<Storage>(storage)};
 }
 

@@ -39,7 +39,7 @@ class CheckpointSource:
         self.config: dict[str, Any] = self.checkpoint.config
         self.tokenizer_dir: Path | None = self.checkpoint.folder
         self.solver = solver
-        recipe, float_dtype = _read(what)
+        recipe, float_dtype = _read(what, self.config)
         self._places: dict[str, tuple[str, int]] = {}  # where the checkpoint has an entry: tensor, first row
         self.entries: Sequence[Entry] = list(self._entries(recipe, float_dtype))
         self.fingerprint = self._fingerprint()
@@ -106,13 +106,13 @@ def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
     return QuantizedTensor(spec=spec, **joined)
 
 
-def _read(what: Recipe | QuantSpec | Target | str) -> tuple[Recipe, FloatName | None]:
+def _read(what: Recipe | QuantSpec | Target | str, config: dict[str, Any]) -> tuple[Recipe, FloatName | None]:
     """The recipe, and the dtype of all tensors if `what` is a float target."""
     if isinstance(what, str) and ":" in what:
         what = target(what)
-    if isinstance(what, Target) and what.spec is None:
+    if isinstance(what, Target) and what.spec is None and what.mixture is None:
         return Recipe(), what.float_dtype
-    return as_recipe(what), None
+    return as_recipe(what, config), None
 
 
 def _check_shape(name: str, shape: tuple[int, ...], spec: QuantSpec) -> None:

@@ -187,6 +187,27 @@ class NormalFloat:
         return f"nf{self.bits}"
 
 
+# The 16 levels of GGUF's IQ4_NL and IQ4_XS (ggml): a cubic through the integers, steeper at the ends. None is 0.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+@dataclass(frozen=True)
+class IQ4NL:
+    """The fixed, uneven 16 levels of llama.cpp's IQ4 types, -127 to 113; code = index, ascending.
+
+    As the lowest level is the largest in magnitude, the rule "signed_absmax" holds the extreme value best.
+    """
+
+    bits = 4
+    signed = False
+    qmin = 0
+    qmax = 15
+    levels = tuple(map(float, _IQ4))
+
+    def __str__(self) -> str:
+        return "iq4nl"
+
+
 @dataclass(frozen=True)
 class Binary:
     """One bit (BWN): code 0 is -s, code 1 is +s, s = mean|w| of the block; zero counts as positive."""
@@ -241,7 +262,7 @@ class Codebook:
         return f"codebook{self.size}"
 
 
-Element = Int | FixedPoint | Float | NormalFloat | Binary | Ternary | Codebook
+Element = Int | FixedPoint | Float | NormalFloat | IQ4NL | Binary | Ternary | Codebook
 
 
 def read_element(text: str) -> Element:
@@ -258,7 +279,7 @@ def read_element(text: str) -> Element:
     if word == "q" and number.count(".") == 1 and number.replace(".", "").isdigit():
         whole, _, fraction = number.partition(".")
         return FixedPoint(int(whole or 0), int(fraction or 0))
-    others: tuple[Element, ...] = (*(Float(name) for name in _FORMATS), NormalFloat(), Binary(), Ternary())  # type: ignore[arg-type]
+    others: tuple[Element, ...] = (*(Float(name) for name in _FORMATS), NormalFloat(), IQ4NL(), Binary(), Ternary())  # type: ignore[arg-type]
     for element in others:
         if text in (str(element), getattr(element, "format", "")):
             return element

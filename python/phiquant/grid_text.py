@@ -27,6 +27,8 @@ NAMED = {
     "mxfp8_e5m2": "fp8_e5m2-g32-sym-e8m0",
     "mxint8": "int8-g32-sym-e8m0",
     "nvfp4": "fp4_e2m1-g16-sym-e4m3/tensor",
+    "iq4_nl": "iq4nl-g32-signmax-f16",
+    "iq4_xs": "iq4nl-g32-signmax-f16-int6/256",
     "vsq4": "int4-g16-sym-f16-uint4/channel",
     "q2_k": "uint2-g16-min-f16-uint4/256",
     "q3_k": "int3-g16-signmax-f16-int6/256",
@@ -39,7 +41,7 @@ NAMED = {
 def read_grid(text: str) -> QuantSpec:
     """Read `<element>-<granularity>-<kind>[-<scale>][-<two levels>]`, or one of NAMED. Else ValueError.
 
-    element: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, fp4_e1m2, fp4_e3m0, nf4, binary,
+    element: int1..int8, uint1..uint8, fp8_e4m3, fp8_e5m2, fp4_e2m1, fp4_e1m2, fp4_e3m0, nf4, iq4nl, binary,
     ternary, q<m>.<n> (fixed point), codebook2..codebook256; granularity: tensor, channel, channel1,
     token, row, rows8, g32 ...; kind: sym, signmax (symmetric, anchored on the signed extreme), asym
     (integer zero point), min (float minimum), absmean (of ternary), none for fixed point and

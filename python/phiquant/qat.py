@@ -110,7 +110,7 @@ def train(
             "qat.train trains weights alone; learned scales want a learning rate of their own: docs/learned-scales.md"
         )
     settings = settings or Settings()
-    recipe = None if what is None else as_recipe(what)
+    recipe = None if what is None else as_recipe(what, getattr(model, "config", None))
     ids = encode(tokenizer, text if text is not None else _default_text(settings))
     _check(model, ids, settings)
     if teacher is None and settings.language_model < 1:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .elements import Binary, Codebook, Element, FixedPoint, Int, Ternary
+from .elements import IQ4NL, Binary, Codebook, Element, FixedPoint, Int, Ternary
 from .granularity import Granularity, PerChannel, PerGroup, PerRows, PerTensor, PerToken
 from .storage import TwoLevel
 
@@ -35,7 +35,7 @@ class QuantSpec:
     offset: "none", r = s q; "zero_point", r = s (q - z) with integer z; "minimum", r = s q + m. Only
         integer elements have one.
     anchor: how the values of a block become a scale. "absmax": s = max|x| / the largest level.
-        "signed_absmax" (integers): s = x* / qmin, x* the value of largest magnitude with its sign; s
+        "signed_absmax" (integers, IQ4NL): s = x* / qmin, x* the value of largest magnitude with its sign; s
         may be negative and the extreme value is held exactly (the rule of llama.cpp's Q4_0).
         Binary always has "absmean": s = mean|x|. Ternary has "twn" unless told otherwise: the codes are
         not 0 where |x| > 0.7 mean|x|, s = the mean of those |x|; or "absmean" (BitNet b1.58):
@@ -77,8 +77,8 @@ class QuantSpec:
             return f"the step of {element} is fixed, so its granularity is 'tensor', not '{self.granularity}'"
         if isinstance(element, Codebook) and not isinstance(self.granularity, PerTensor | PerRows | PerGroup):
             return f"a codebook is per tensor, row, rows<n> or group, not per {self.granularity}"
-        if self.anchor == "signed_absmax" and (self.offset != "none" or not isinstance(element, Int)):
-            return "signed_absmax anchors a signed grid of integers without offset"
+        if self.anchor == "signed_absmax" and (self.offset != "none" or not isinstance(element, Int | IQ4NL)):
+            return f"signed_absmax anchors a signed grid of integers, or of {IQ4NL()}, without offset"
         if not isinstance(element, Int):
             return ""
         if self.anchor == "signed_absmax" and not element.signed:

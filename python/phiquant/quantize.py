@@ -188,7 +188,7 @@ def _specs(model: nn.Module, what: What) -> dict[str, QuantSpec | None]:
     layers = [projection_name(name) for name, module in model.named_modules() if type(module) in QAT_CLASS]
     if not layers:
         raise PhiquantError(f"{type(model).__name__} has no torch.nn.Linear or Embedding to quantize")
-    return as_recipe(what).resolve(layers)
+    return as_recipe(what, getattr(model, "config", None)).resolve(layers)
 
 
 def _groups(

@@ -94,9 +94,23 @@ class Recipe:
         return cls(rules, data.get("default", FLOAT))
 
 
-def as_recipe(what: Recipe | QuantSpec | Target | str) -> Recipe:
-    """A recipe as it is; a spec, a target or the name of either as the default of an empty recipe."""
-    return what if isinstance(what, Recipe) else Recipe(default=what)
+def as_recipe(what: Recipe | QuantSpec | Target | str, config: Any = None) -> Recipe:
+    """A recipe as it is; a spec, a target or the name of either as the default of an empty recipe.
+
+    A mixture ("gguf:Q4_K_M") as the grid of every module by name; it needs `config`, the model's config.json as a
+    mapping or a transformers config.
+    """
+    if isinstance(what, Recipe):
+        return what
+    if isinstance(what, str) and ":" in what:
+        what = target(what)
+    if isinstance(what, Target) and what.mixture is not None:
+        if config is None:
+            raise PhiquantError(f"{what.name} chooses grids by layer, so it needs a model with a config.json of phi3")
+        given = config if isinstance(config, Mapping) else config.to_dict()
+        phi.sizes(given)  # names what the config lacks
+        return Recipe(what.mixture(given))
+    return Recipe(default=what)
 
 
 def _choice(value: Any) -> Choice:
@@ -105,6 +119,8 @@ def _choice(value: Any) -> Choice:
     if isinstance(value, str) and ":" in value:
         value = target(value)
     if isinstance(value, Target):
+        if value.mixture is not None:
+            raise PhiquantError(f"{value.name} is a mixture for a whole model; name the grid of one type, as gguf:Q4_K")
         return value.spec
     if isinstance(value, QuantSpec | str):
         return read_spec(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .elements import Binary, Codebook, Element, FixedPoint, Float, Int, NormalFloat, Ternary
+from .elements import IQ4NL, Binary, Codebook, Element, FixedPoint, Float, Int, NormalFloat, Ternary
 from .granularity import Granularity, PerChannel, PerGroup, PerRows, PerTensor, PerToken
 from .grid_text import NAMED, read_grid
 from .quant_spec import FLOAT_BITS, Anchor, FloatName, Offset, QuantSpec, Shape
@@ -13,6 +13,7 @@ from .targets import TARGETS, Target, target
 
 __all__ = [
     "FLOAT_BITS",
+    "IQ4NL",
     "NAMED",
     "TARGETS",
     "Anchor",
@@ -52,7 +53,8 @@ def spec(text: str | QuantSpec | Target) -> QuantSpec:
     if isinstance(text, Target) or ":" in text:
         named = text if isinstance(text, Target) else target(text)
         if named.spec is None:
-            raise ValueError(f"target {named.name} stores floats; it has no quantization grid")
+            why = "stores floats; it has no quantization grid" if named.mixture is None else "has a grid for each layer"
+            raise ValueError(f"target {named.name} {why}")
         return named.spec
     return read_grid(text)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import ops, two_level
-from .spec import Binary, Codebook, Element, FixedPoint, Float, NormalFloat, QuantSpec
+from .spec import IQ4NL, Binary, Codebook, Element, FixedPoint, Float, NormalFloat, QuantSpec
 
 PARAMETERS = ("scales", "zero_points", "minimums", "codebook", "super_scales", "super_minimums")
 
@@ -117,7 +117,7 @@ def element_arguments(element: Element, codebook: torch.Tensor | None = None) ->
     """The keyword arguments by which the ops know how codes that are not plain integers are read."""
     if isinstance(element, Float):
         return {"format": element.format}
-    if isinstance(element, NormalFloat | Binary | Codebook):
+    if isinstance(element, NormalFloat | IQ4NL | Binary | Codebook):
         return {"format": "table", "levels": element.levels if codebook is None else codebook}
     return {}
 

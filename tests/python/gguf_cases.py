@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from phiquant.tensor import QuantizedTensor
 
 
 class Tensors:
-    """Source of `model`: `layers` is the spec of the decoder layers' matrices, `tables` that of embedding and head."""
+    """Source of `model`: `layers` is the spec of the decoder layers' matrices, `tables` that of embedding and head.
+
+    Either may be a mapping from the tensor's name to its spec, None for floats; `solver` chooses the codes.
+    """
 
     def __init__(
         self,
         model: Any,
         tokenizer_dir: Path | None,
-        layers: str | None = None,
+        layers: str | Mapping[str, str | None] | None = None,
         tables: str | None = None,
         dtype: str = "float16",
+        solver: str = "rtn",
     ) -> None:
         self.config = {"architectures": ["Phi3ForCausalLM"], **model.config.to_dict()}
         self.tokenizer_dir = tokenizer_dir
@@ -34,8 +39,10 @@ class Tensors:
             if name == "lm_head.weight" and model.config.tie_word_embeddings:
                 continue
             chosen = (layers if ".layers." in name else tables) if value.dim() == 2 else None
+            if isinstance(chosen, Mapping):
+                chosen = chosen.get(name)
             spec = None if chosen is None else read_spec(chosen)
-            self.tensors[name] = value if spec is None else quantize_tensor(value, spec)
+            self.tensors[name] = value if spec is None else quantize_tensor(value, spec, solver=solver)
             self.entries.append(Entry(name, tuple(value.shape), spec, dtype))  # type: ignore[arg-type]
 
     def read(self, entry: Entry, rows: slice | None = None) -> Any:
@@ -46,13 +53,8 @@ class Tensors:
         def part(t: torch.Tensor | None) -> torch.Tensor | None:
             return t if t is None or t.shape[0] == 1 else t[rows]
 
-        return dataclasses.replace(
-            value,
-            codes=value.codes[rows],
-            scales=part(value.scales),
-            minimums=part(value.minimums),
-            zero_points=part(value.zero_points),
-        )
+        parts = {name: part(given) for name, given in value.parameters.items()}
+        return dataclasses.replace(value, codes=value.codes[rows], **parts)
 
 
 def stored_model(model: Any, source: Tensors) -> Any:

@@ -48,9 +48,9 @@ def regions(out: Path) -> dict[str, int]:
     path = weights(out)
     if path.suffix == ".gguf":
         import gguf
-        from phiquant.formats.gguf_reader import _hf_name
+        from phiquant.formats.gguf_hf_names import hf_name
 
-        return {_hf_name(t.name): int(t.data_offset + t.n_bytes // 2) for t in gguf.GGUFReader(path).tensors}
+        return {hf_name(t.name): int(t.data_offset + t.n_bytes // 2) for t in gguf.GGUFReader(path).tensors}
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     table = json.loads(raw[8 : 8 + length])

@@ -15,7 +15,7 @@ import torch
 from gguf_cases import Tensors, stored_model
 from phiquant.errors import PhiquantError
 from phiquant.formats import gguf
-from phiquant.formats.gguf_container import F16
+from phiquant.formats.gguf_types import F16
 from phiquant.formats.source import Entry
 from phiquant.runtimes import llamacpp
 

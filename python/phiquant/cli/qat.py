@@ -115,6 +115,8 @@ def show(ui: Ui, out: Path, receipt: dict[str, Any], report: dict[str, Any]) -> 
 
 
 def _with_bits(target: Target, bits: int | None) -> Any:
+    if target.mixture is not None and bits is None:
+        return target
     if target.spec is None:
         raise typer.BadParameter(f"{target.name} stores floats; there is no grid to train on", param_hint="--target")
     if bits is None:

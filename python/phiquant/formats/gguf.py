@@ -9,92 +9,117 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..errors import PhiquantError
 from ..models import phi
 from ..models.rope import Rope, read_rope
+from ..targets import gguf_mixtures
 from ..tensor import QuantizedTensor
 from . import gguf_metadata, receipt
-from .gguf_container import ALIGNMENT, F32, GGMLType, Metadata, TensorInfo, header
+from .gguf_container import ALIGNMENT, Metadata, TensorInfo, header
 from .gguf_names import gguf_name
-from .gguf_pack import FLOAT_TYPES, pack, pack_float, type_for
+from .gguf_pack import pack, pack_float
 from .gguf_tokenizer import model_name, put_vocabulary, read_vocabulary
+from .gguf_types import F32, FLOAT_TYPES, GGMLType, has_tensor_scale, type_for
 from .partial import PartialFile
 from .source import Entry, Progress, Source, row_slices
 
 FILE = "model.gguf"
+Ternary = Literal["TQ2_0", "TQ1_0"]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of the file. `values` is given where the source has none: LongRoPE's factors."""
+    """A tensor of the file. `values` is given where the source has none: LongRoPE's factors.
+
+    scale: it is the scale of the whole tensor `entry`, llama.cpp's "<name>.scale".
+    """
 
     entry: Entry
     info: TensorInfo
     values: torch.Tensor | None = None
+    scale: bool = False
 
 
-def storage_type(entry: Entry) -> GGMLType:
+def storage_type(entry: Entry, ternary: Ternary = "TQ2_0") -> GGMLType:
     """The GGUF type that holds `entry` exactly (a float one: that stores it). PhiquantError if there is none."""
     if entry.spec is not None:
-        return type_for(entry.name, entry.spec, entry.shape)
+        return type_for(entry.name, entry.spec, entry.shape, ternary)
     return F32 if len(entry.shape) == 1 else FLOAT_TYPES[entry.dtype]
 
 
 def check(entry: Entry) -> None:
     """PhiquantError if GGUF cannot hold `entry` exactly: it names tensor, spec and the nearest one that it can."""
-    TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry))
+    list(_place(entry))
 
 
-def write(source: Source, out_dir: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def write(
+    source: Source, out_dir: Path, *, ternary: Ternary = "TQ2_0", progress: Progress | None = None
+) -> dict[str, Any]:
     """Write out_dir/model.gguf and receipt.json; return the receipt.
 
+    ternary: how ternary codes in groups of 256 are stored: in 2.06 bits each, or as "TQ1_0" in 1.69, read more slowly.
     Everything that can be refused is refused before the first byte. A killed run continues. The
     receipt's "warnings" say where llama.cpp computes something else than Transformers.
     """
     phi.check_architecture(source.config)
     rope = read_rope(source.config)
-    stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
+    stored = _tensors(source, rope, ternary)
     phi.check_complete(source.config, {entry.name: entry.shape for entry in source.entries})
     head, warnings = _header(source, rope, stored)
     out_dir = Path(out_dir)
     receipt.remove(out_dir)
-    layout = {s.entry.name: s for s in stored}
+    layout = {s.info.name: s for s in stored}
     sizes = [s.info.nbytes for s in stored]
     with PartialFile(out_dir / FILE, head, list(layout), sizes, source.fingerprint, align=ALIGNMENT) as file:
         for name in file.remaining():
             writing = _Writing(source, layout[name])
             file.append(name, writing.buffers(), writing.record)
             if progress is not None:
-                progress(name, file.written, file.size)
+                progress(layout[name].entry.name, file.written, file.size)
         file.commit(keep_journal=True)
         files = {FILE: receipt.file_record(out_dir / FILE, header=len(head))}
-        result = receipt.make("gguf", files, list(file.records.values()), list(source.entries))
+        result = receipt.make("gguf", files, [r for r in file.records.values() if r], list(source.entries))
         result["warnings"] = warnings
         receipt.write(out_dir, result)
         file.forget()
     return result
 
 
-def sizes(source: Source) -> dict[str, int]:
+def sizes(source: Source, ternary: Ternary = "TQ2_0") -> dict[str, int]:
     """Exact bytes of the file that write() makes."""
     rope = read_rope(source.config)
-    stored = [*_rope_tensors(rope), *(_place(entry) for entry in source.entries)]
+    stored = _tensors(source, rope, ternary)
     head, _ = _header(source, rope, stored)
     lengths = [s.info.nbytes for s in stored]
-    return {FILE: PartialFile(Path(FILE), head, [s.entry.name for s in stored], lengths, "", align=ALIGNMENT).size}
+    return {FILE: PartialFile(Path(FILE), head, [s.info.name for s in stored], lengths, "", align=ALIGNMENT).size}
 
 
 def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
     """The bytes of one entry, as write() stores them."""
-    return _Writing(source, _place(entry)).buffers()
+    return _Writing(source, next(_place(entry))).buffers()
 
 
-def _place(entry: Entry) -> _Stored:
-    return _Stored(entry, TensorInfo(gguf_name(entry.name), entry.shape, storage_type(entry)))
+def _tensors(source: Source, rope: Rope, ternary: Ternary) -> list[_Stored]:
+    if ternary not in get_args(Ternary):
+        raise PhiquantError(f"ternary is one of {', '.join(get_args(Ternary))}, not {ternary!r}")
+    return [*_rope_tensors(rope), *(stored for entry in source.entries for stored in _place(entry, ternary))]
+
+
+def _place(entry: Entry, ternary: Ternary = "TQ2_0") -> Iterator[_Stored]:
+    """The tensor that holds the entry, and the one of its second scale."""
+    name = gguf_name(entry.name)
+    yield _Stored(entry, TensorInfo(name, entry.shape, storage_type(entry, ternary)))
+    if entry.spec is not None and has_tensor_scale(entry.spec):
+        if entry.module == phi.EMBEDDING:
+            raise PhiquantError(
+                f"{entry.name}: llama.cpp takes no scale of the whole tensor for the embedding; give it another grid, "
+                "such as gguf:Q8_0"
+            )
+        yield _Stored(entry, TensorInfo(f"{name.removesuffix('.weight')}.scale", (1,), F32), scale=True)
 
 
 def _rope_tensors(rope: Rope) -> Iterator[_Stored]:
@@ -112,9 +137,11 @@ def _header(source: Source, rope: Rope, stored: list[_Stored]) -> tuple[bytes, l
     config = source.config
     vocabulary = read_vocabulary(source.tokenizer_dir, phi.sizes(config).vocab, config)
     infos = [s.info for s in stored]
+    grids = {e.module: e.spec for e in source.entries if len(e.shape) == 2}
+    file_type = gguf_mixtures.file_type(config, grids) or gguf_metadata.most_used(infos).file_type
     metadata = Metadata()
     name = Path(str(config.get("_name_or_path") or "")).name
-    gguf_metadata.put_general(metadata, model_name(name, vocabulary), infos)
+    gguf_metadata.put_general(metadata, model_name(name, vocabulary), file_type)
     gguf_metadata.put_model(metadata, config, rope)
     put_vocabulary(metadata, vocabulary)
     return header(metadata, infos), [*gguf_metadata.warnings(config, rope), *vocabulary.warnings]
@@ -132,7 +159,9 @@ class _Writing:
         entry, kind = self._stored.entry, self._stored.info.type
         for rows in row_slices(entry):
             piece = self._source.read(entry, rows) if self._stored.values is None else self._stored.values[rows]
-            if isinstance(piece, QuantizedTensor):
+            if self._stored.scale:
+                yield receipt.raw(piece.super_scales)  # type: ignore[union-attr, arg-type]
+            elif isinstance(piece, QuantizedTensor):
                 yield pack(entry.name, piece, kind).data
                 self._digest.add_codes(piece)
             else:
@@ -142,7 +171,10 @@ class _Writing:
                 yield stored.data
 
     def record(self) -> dict[str, Any]:
+        """The tensor's line of the receipt; none of a second scale, which is part of its tensor."""
         entry, kind = self._stored.entry, self._stored.info.type
+        if self._stored.scale:
+            return {}
         if entry.spec is not None:
             return receipt.tensor_record(entry, kind.name, FILE, self._digest.codes())
         dtype = next(name for name, known in FLOAT_TYPES.items() if known is kind)

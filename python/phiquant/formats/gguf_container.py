@@ -1,4 +1,4 @@
-"""The GGUF container, version 3, little endian: typed metadata, tensor table, types.
+"""The GGUF container, version 3, little endian: typed metadata, tensor table.
 
     "GGUF" | version | tensor count | key count | keys | tensor table | padding | tensors, each padded
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PhiquantError
+from .gguf_types import GGMLType
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -21,25 +22,6 @@ ALIGNMENT = 32  # the default of the format; a file with another one must name i
 MAX_NAME = 63  # ggml keeps names in 64 bytes, NUL included
 
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-
-
-@dataclass(frozen=True)
-class GGMLType:
-    """A storage type: `block` consecutive values of a row are `block_bytes` bytes."""
-
-    name: str
-    id: int
-    block: int
-    block_bytes: int
-    file_type: int  # general.file_type of a file that is mostly of this type
-
-
-F32 = GGMLType("F32", 0, 1, 4, 0)
-F16 = GGMLType("F16", 1, 1, 2, 1)
-BF16 = GGMLType("BF16", 30, 1, 2, 32)
-Q4_0 = GGMLType("Q4_0", 2, 32, 18, 2)
-Q4_1 = GGMLType("Q4_1", 3, 32, 20, 3)
-Q8_0 = GGMLType("Q8_0", 8, 32, 34, 7)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..models import phi
 from ..models.rope import Rope
-from .gguf_container import GGMLType, Metadata, TensorInfo
+from .gguf_container import Metadata, TensorInfo
+from .gguf_types import GGMLType
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
@@ -33,12 +34,12 @@ def put_model(metadata: Metadata, config: Mapping[str, Any], rope: Rope) -> None
     metadata.u32("phi3.vocab_size", n.vocab)
 
 
-def put_general(metadata: Metadata, name: str, tensors: Sequence[TensorInfo]) -> None:
+def put_general(metadata: Metadata, name: str, file_type: int) -> None:
     """The `general.*` keys."""
     metadata.string("general.architecture", "phi3")
     metadata.string("general.type", "model")
     metadata.string("general.name", name)
-    metadata.u32("general.file_type", most_used(tensors).file_type)
+    metadata.u32("general.file_type", file_type)
     metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
 
 

@@ -1,13 +1,10 @@
-"""Which GGUF type holds a spec exactly, and the bytes of a tensor in that type. Nothing is rounded here.
+"""The bytes of a tensor in a GGUF type. Nothing is rounded here: codes and stored parameters are put in place.
 
-Q4_0: s q, q in -8..7. Q4_1: s q + m, q in 0..15. Q8_0: s q, q in -128..127. All three hold s (and m)
-as float16, one per 32 consecutive values; a coarser granularity is held by repeating s. Fewer bits
-are held in the next larger type. N = rows, K = values of a row.
+N = rows, K = values of a row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -15,93 +12,65 @@ import torch
 
 from .._extension import load
 from ..errors import PhiquantError
-from ..spec import TARGETS, Int, PerChannel, PerGroup, PerTensor, QuantSpec
 from ..tensor import QuantizedTensor
-from .gguf_container import BF16, F16, F32, Q4_0, Q4_1, Q8_0, GGMLType
+from .gguf_types import FLOAT_TYPES, GGMLType
 
 _C = load()
-BLOCK = 32
-FLOAT_TYPES: dict[str, GGMLType] = {"float32": F32, "float16": F16, "bfloat16": BF16}
-
-
-def type_for(name: str, spec: QuantSpec, shape: tuple[int, ...]) -> GGMLType:
-    """The GGUF type that holds `spec` exactly for a weight of `shape`.
-
-    PhiquantError names the tensor, the spec, what does not fit, and the nearest spec that does.
-    """
-    if len(shape) != 2 or shape[1] % BLOCK:
-        raise PhiquantError(
-            f"{name}: GGUF cannot hold {spec} for shape {list(shape)}: it stores matrices whose rows are made of "
-            f"blocks of {BLOCK} values. Leave this tensor in float (gguf:BF16)"
-        )
-    kind = Q4_1 if spec.offset == "minimum" else Q4_0 if spec.element.bits <= 4 else Q8_0
-    reason = _misfit(spec, kind)
-    if reason:
-        near = _nearest(spec)
-        known = next((t.name for t in TARGETS.values() if t.spec == near and t.format == "gguf"), str(near))
-        raise PhiquantError(
-            f"{name}: GGUF cannot hold {spec} exactly: {reason}. Nearest that can: {known!r}, stored as "
-            f"{type_for(name, near, shape).name}. Quantize with it; export never rounds again"
-        )
-    return kind
-
-
-def _misfit(spec: QuantSpec, kind: GGMLType) -> str:
-    """Why `kind` cannot hold `spec`, or ""."""
-    if not isinstance(spec.element, Int):
-        return f"its blocks hold integers, not {spec.element}"
-    if spec.offset == "zero_point":
-        return "it has no integer zero points, and s * z rounded to float16 would be another grid"
-    if spec.offset == "minimum" and (spec.element.signed or spec.element.bits > 4):
-        return f"its type with a minimum, Q4_1, has codes 0..15, not {spec.element.qmin}..{spec.element.qmax}"
-    if spec.scale_dtype != "float16":
-        return f"the scales are {spec.scale_dtype}, and {kind.name} stores float16"
-    match spec.granularity:
-        case PerTensor() | PerChannel(0):
-            return ""
-        case PerGroup(size) if size % BLOCK == 0:
-            return ""
-    return f"{kind.name} has one scale per {BLOCK} values of a row, which {spec.granularity} does not follow"
-
-
-def _nearest(spec: QuantSpec) -> QuantSpec:
-    """The spec closest to `spec` that GGUF holds: same bits and granularity where they can stay."""
-    coarse = isinstance(spec.granularity, PerGroup) and spec.granularity.size % BLOCK == 0
-    kept = coarse or spec.granularity in (PerTensor(), PerChannel(0))
-    granularity = spec.granularity if kept else PerGroup(BLOCK)
-    bits = spec.element.bits
-    if not isinstance(spec.element, Int):
-        return QuantSpec(Int(4 if bits <= 4 else 8), granularity, scale_dtype="float16")
-    near = dataclasses.replace(spec, scale_dtype="float16", granularity=granularity)
-    if spec.offset == "none":
-        return near
-    if bits <= 4:
-        return dataclasses.replace(near, element=Int(bits, signed=False), offset="minimum")
-    return dataclasses.replace(near, element=Int(bits), offset="none")
+_LARGEST_E4M3 = 0x7E  # bits of 448; above it is NaN, which ggml reads as 0
 
 
 def pack(name: str, piece: QuantizedTensor, kind: GGMLType) -> np.ndarray:
-    """The bytes of some rows [N, K] of tensor `name` in `kind`: uint8 [N * K/32 * kind.block_bytes]."""
-    codes = piece.codes.contiguous().numpy().reshape(-1)
-    assert piece.scales is not None  # type_for accepts integers only
-    scales = _per_block(name, piece.scales, piece.shape)
-    if kind is Q4_0:
-        return _C.pack_q4_0(codes, scales)
-    if kind is Q8_0:
-        return _C.pack_q8_0(codes, scales)
-    assert piece.minimums is not None  # QuantizedTensor checked it against the spec
-    return _C.pack_q4_1(codes, scales, _per_block(name, piece.minimums, piece.shape))
+    """The bytes of some rows [N, K] of tensor `name` in `kind`: uint8 [N * K / kind.block * kind.block_bytes].
+
+    PhiquantError for a scale that is not finite, or one that the type cannot store.
+    """
+    assert kind.grid is not None  # type_for() saw to it
+    assert piece.scales is not None
+    codes = piece.codes.contiguous().view(torch.uint8).numpy().reshape(-1)
+    rows, columns = piece.shape
+    group = kind.grid.block_size((1, kind.block))  # values that share a scale
+
+    def bits(values: torch.Tensor | None, size: int) -> np.ndarray | None:
+        """Parameters [N or 1, G] as bits, one per `size` values of a row."""
+        if values is None:
+            return None
+        _check(name, values, kind)
+        words = values.contiguous().view(torch.uint8 if values.element_size() == 1 else torch.int16)
+        repeated = (
+            words if words.shape[1] * size == columns else words.repeat_interleave(columns // size // words.shape[1], 1)
+        )
+        plain = repeated.expand(rows, -1).contiguous().numpy().reshape(-1)
+        return plain if plain.dtype == np.uint8 else plain.view(np.uint16)
+
+    if kind.grid.two_level is not None:
+        return _C.pack_gguf(
+            kind.name,
+            codes,
+            d=bits(piece.super_scales, kind.block),
+            m=bits(piece.super_minimums, kind.block),
+            scales=bits(piece.scales, group),
+            minimums=bits(piece.minimums, group),
+        )
+    if kind.grid.scale_dtype != "float16":
+        return _C.pack_gguf(kind.name, codes, scales=bits(piece.scales, group))
+    return _C.pack_gguf(kind.name, codes, d=bits(piece.scales, group), m=bits(piece.minimums, group))
 
 
-def _per_block(name: str, values: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """Float16 parameters [N or 1, groups] of `shape` [N, K] as bits, one per block: uint16 [N * K/32]."""
-    if not bool(torch.isfinite(values.sum(dtype=torch.float32))):  # float16: the sum cannot overflow
-        raise PhiquantError(f"{name}: a scale or minimum is not finite; quantize this tensor again")
-    rows, columns = shape
-    repeats = columns // BLOCK // values.shape[1]
-    repeated = values if repeats == 1 else values.repeat_interleave(repeats, dim=1)
-    repeated = repeated.expand(rows, -1)
-    return repeated.contiguous().view(torch.int16).numpy().view(np.uint16).reshape(-1)
+def _check(name: str, values: torch.Tensor, kind: GGMLType) -> None:
+    """PhiquantError for parameters that cannot be stored: infinities and NaN; with e4m3 what is below 0."""
+    if values.dtype in (torch.int8, torch.uint8):
+        return
+    if values.dtype == torch.float8_e4m3fn:
+        bad = bool((values.view(torch.uint8) > _LARGEST_E4M3).any())
+    elif values.dtype == torch.float8_e8m0fnu:
+        bad = bool((values.view(torch.uint8) == 0xFF).any())
+    else:  # float16: the sum cannot overflow
+        bad = not bool(torch.isfinite(values.sum(dtype=torch.float32)))
+    if bad:
+        below = " or is below 0" if values.dtype == torch.float8_e4m3fn else ""
+        raise PhiquantError(
+            f"{name}: a scale or minimum is not finite{below}, which {kind.name} cannot store; quantize it again"
+        )
 
 
 def pack_float(name: str, values: torch.Tensor, kind: GGMLType, first_row: int) -> tuple[np.ndarray, bool]:

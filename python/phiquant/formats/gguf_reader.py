@@ -1,13 +1,11 @@
-"""Reads a GGUF file back, for verify: the container by gguf-py, the bits by numpy. No code of the writer.
+"""Reads a GGUF file back, for verify and import: numpy over a mapped file. No code of the writer.
 
-What comes back is in the words of the tensor's spec: codes in its range, one scale per its group.
-N = rows, K = values of a row.
+Files of phiquant, of llama.cpp's converter and of its quantizer. N = rows, K = values of a row.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,77 +16,101 @@ import numpy as np
 from ..errors import PhiquantError
 from ..extras import need
 from ..models import phi
-from ..spec import QuantSpec, spec
+from ..spec import Int, QuantSpec, Ternary, spec
 from . import gguf_guard
+from .gguf_blocks import LAYOUTS, Block, decode
+from .gguf_hf_names import hf_name
 from .stored import Parts, StoredTensor, once
 
-BLOCK = 32
-_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
-_SPECS = {kind: spec(f"gguf:{kind}") for kind in _BYTES}
-_WHOLE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}  # config.json's name -> GGUF's
-_BLK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_TENSOR_SCALE = spec("nvfp4")
+_NAN_SCALES = {
+    "MXFP4": (0xFF, 0xFF),
+    "NVFP4": (0x7F, 0xFF),
+}  # bits that e8m0, e4m3 have for NaN, or for what is below 0
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor(StoredTensor):
     """A tensor of a GGUF file. LongRoPE's factors keep their GGUF name.
 
-    data: as gguf-py maps it: the values of F32 and F16, the bytes [N, bytes of a row] of others.
+    data: the values of floats (bfloat16: bits); else the bytes, uint8 [N, bytes of a row].
+    scale: what multiplies the whole tensor: llama.cpp's tensor "<name>.scale"; 1 where there is none.
     """
 
     data: np.ndarray
+    scale: np.ndarray | None = None
 
     @property
     def spec(self) -> QuantSpec | None:
-        return _SPECS.get(self.stored_as)
+        if self.stored_as in _FLOATS:
+            return None
+        if self.stored_as not in LAYOUTS:
+            raise PhiquantError(
+                f"{self.name}: the file has it as {self.stored_as}, whose codes phiquant does not read; it reads "
+                f"{', '.join((*_FLOATS, *LAYOUTS))}"
+            )
+        if self.scale is None:
+            return LAYOUTS[self.stored_as].spec
+        if self.stored_as != "NVFP4":
+            raise PhiquantError(f"{self.name}: a second scale beside {self.stored_as} is no grid of phiquant's")
+        return _TENSOR_SCALE
 
     def parts(self, spec: QuantSpec, rows: slice | None = None) -> Parts:
         """See StoredTensor.parts."""
-        codes, scales, minimums = self._unpack(rows)
-        if (minimums is None) != (spec.offset == "none") or codes.dtype != (
-            np.int8 if spec.element.signed else np.uint8
-        ):
+        own = self.spec
+        if own is None or not _holds(own, spec):
             raise PhiquantError(f"{self.name}: the file has {self.stored_as}, which does not hold {spec}")
-        shape = spec.scale_shape((codes.shape[0], self.shape[1]))
-        stored = {"scales": scales} | ({} if minimums is None else {"minimums": minimums})
-        return {"codes": codes} | {key: once(self.name, value, shape) for key, value in stored.items()}
+        data = self._rows(rows)
+        layout = LAYOUTS[self.stored_as]
+        block = layout.read(data.reshape(-1, layout.size))
+        shape = (len(data), self.shape[1])
+        found = {"codes": block.codes.reshape(shape)}
+        for name, values in self._parameters(block).items():
+            wanted = spec.super_shape(shape) if name.startswith("super") else spec.scale_shape(shape)
+            found[name] = once(self.name, values.reshape(len(data), -1), wanted)
+        if self.scale is not None:
+            found["super_scales"] = self.scale.reshape(1, 1)
+        return found
+
+    def _parameters(self, block: Block) -> dict[str, np.ndarray]:
+        """The parameters by the names of a QuantizedTensor: [B, S] of blocks, [B, 1] of super-blocks."""
+        assert self.spec is not None
+        if self.stored_as in _NAN_SCALES:
+            assert block.scales is not None
+            low, high = _NAN_SCALES[self.stored_as]
+            if ((block.scales >= low) & (block.scales <= high)).any():
+                raise PhiquantError(f"{self.name}: a scale of {self.stored_as} is no number, or below 0")
+            return {"scales": block.scales}
+        named: dict[str, np.ndarray | None] = {"scales": block.d, "minimums": block.m}
+        if self.spec.two_level is not None:
+            named = {"scales": block.scales, "minimums": block.minimums}
+            named |= {"super_scales": block.d, "super_minimums": block.m}
+        return {name: value for name, value in named.items() if value is not None}
 
     def raw(self, rows: slice | None = None) -> np.ndarray:
         """See StoredTensor.raw."""
-        data = np.ascontiguousarray(self._rows(rows))
-        return data.view("<u2") if self.stored_as == "BF16" else data
+        return np.ascontiguousarray(self._rows(rows))
 
     def values(self, rows: slice | None = None) -> np.ndarray:
-        """The real values, float32, by the formulas of the format."""
+        """The real values, float32, in the arithmetic of ggml."""
+        data = self._rows(rows)
         if self.stored_as == "BF16":
-            bits = np.ascontiguousarray(self._rows(rows)).view("<u2").astype(np.uint32) << 16
-            return bits.view(np.float32)
+            return (np.ascontiguousarray(data).astype(np.uint32) << 16).view(np.float32)
         if self.spec is None:
-            return np.asarray(self._rows(rows), np.float32)
-        codes, scales, minimums = self._unpack(rows)
-        blocks = codes.reshape(len(codes), -1, BLOCK) * scales.astype(np.float32)[..., None]
-        if minimums is not None:
-            blocks = blocks + minimums.astype(np.float32)[..., None]
-        return blocks.reshape(codes.shape)
+            return np.asarray(data, np.float32)
+        found = decode(self.stored_as, data.reshape(-1, LAYOUTS[self.stored_as].size)).reshape(len(data), -1)
+        return found if self.scale is None else found * self.scale
 
     def reference(self, rows: slice | None = None) -> np.ndarray:
         """The real values as gguf-py decodes them, float32."""
         quants = need("gguf.quants", extra="gguf")
         kind = need("gguf", extra="gguf").GGMLQuantizationType[self.stored_as]
-        return np.asarray(quants.dequantize(np.ascontiguousarray(self._rows(rows)), kind), np.float32)
+        data = np.ascontiguousarray(self._rows(rows))
+        found = np.asarray(
+            quants.dequantize(data.view(np.uint8) if self.stored_as == "BF16" else data, kind), np.float32
+        )
+        return found if self.scale is None else found * self.scale
 
     def release(self) -> None:
         """Give back the pages that were read: those of a mapped file count as this process' memory."""
@@ -101,28 +123,45 @@ class GGUFTensor(StoredTensor):
     def _rows(self, rows: slice | None) -> np.ndarray:
         return self.data if rows is None else self.data[rows]
 
-    def _unpack(self, rows: slice | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """codes [N, K], scales [N, K/32] float16, minimums likewise or None."""
-        data = np.ascontiguousarray(self._rows(rows))
-        blocks = data.reshape(len(data), -1, _BYTES[self.stored_as])
-        scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
-        shape = (len(data), -1)
-        if self.stored_as == "Q8_0":
-            return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(shape), scales, None
-        nibbles = blocks[..., 4 if self.stored_as == "Q4_1" else 2 :]
-        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1).reshape(shape)
-        if self.stored_as == "Q4_0":
-            return codes.astype(np.int8) - np.int8(8), scales, None
-        return codes, scales, np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0]
+
+def _holds(own: QuantSpec, spec: QuantSpec) -> bool:
+    """Whether codes of `own` can be read in the words of `spec`. Ranges of codes are checked on the data."""
+    counts = isinstance(own.element, Int) and isinstance(spec.element, Int | Ternary)
+    if not (own.element.signed == spec.element.signed if counts else own.element == spec.element):
+        return False
+    levels = [None if s.two_level is None else (s.two_level.dtype, s.two_level.is_float) for s in (own, spec)]
+    return levels[0] == levels[1] and (own.offset, own.scale_dtype) == (spec.offset, spec.scale_dtype)
 
 
 def read(path: str | Path) -> dict[str, GGUFTensor]:
-    """Every tensor by its Hugging Face name. PhiquantError for a file that is damaged or not a Phi-3's."""
-    tensors = (
-        GGUFTensor(_hf_name(t.name), t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), t.data)
-        for t in _open(path).tensors
-    )
-    return {t.name: t for t in tensors}
+    """Every tensor by its Hugging Face name. PhiquantError for a file that is damaged or not a Phi-3's.
+
+    Types that phiquant does not decode are there too; their `spec` and values raise.
+    """
+    path = Path(path)
+    header = gguf_guard.read_header(path)
+    _compare_with_gguf_py(path, header)
+    data = np.memmap(path, np.uint8, mode="r")
+    arrays = {place.name: _array(data, place) for place in header.tensors}
+    found = {}
+    for place in header.tensors:
+        if place.name.endswith(".scale") and f"{place.name.removesuffix('.scale')}.weight" in arrays:
+            continue
+        scale = arrays.get(f"{place.name.removesuffix('.weight')}.scale")
+        if scale is not None and (scale.shape != (1,) or scale.dtype != np.float32):
+            raise PhiquantError(f"{path}: the scale of {place.name} is not one float32 value")
+        tensor = GGUFTensor(hf_name(place.name), place.kind, place.shape, arrays[place.name], scale)
+        found[tensor.name] = tensor
+    return found
+
+
+def _array(data: np.ndarray, place: gguf_guard.Place) -> np.ndarray:
+    """Floats in the tensor's shape, else bytes [..., bytes of a row]."""
+    part = data[place.start : place.start + place.bytes]
+    if place.kind in _FLOATS:
+        return part.view(_FLOATS[place.kind]).reshape(place.shape)
+    rows = int(np.prod(place.shape[:-1]))
+    return part.reshape(*place.shape[:-1], place.bytes // rows if rows else 0)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -133,10 +172,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The config.json that the file's metadata stands for."""
     metadata, stored = read_metadata(path), read(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "phi3":
+        raise PhiquantError(f"{path} holds a model of the architecture {architecture!r}, not phi3")
     try:
         return _config({k.removeprefix("phi3."): v for k, v in metadata.items()}, stored)
     except KeyError as error:
         raise PhiquantError(f"{path} lacks the key phi3.{error.args[0]}; export again") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise PhiquantError(f"{path}: its metadata is not that of a Phi-3 model: {error}") from error
 
 
 def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +192,7 @@ def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
         factors = {f"{k}_factor": stored[f"rope_factors_{k}.weight"].values().tolist() for k in ("long", "short")}
         rope |= {"rope_type": "longrope", "attention_factor": keys.get("rope.scaling.attn_factor"), **factors}
         rope["original_max_position_embeddings"] = original
+    tokens = {name: keys.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKENS.items()}
     return {
         "architectures": [phi.ARCHITECTURE],
         "model_type": phi.MODEL_TYPE,
@@ -163,7 +208,7 @@ def _config(keys: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
         "sliding_window": keys.get("attention.sliding_window") or None,
         "rope_parameters": rope,
         "tie_word_embeddings": f"{phi.HEAD}.weight" not in stored,
-        **{f"{ours}_token_id": keys.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in _SPECIAL.items()},
+        **tokens,
     }
 
 
@@ -172,20 +217,21 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _open(path: str | Path) -> Any:
-    path = Path(path)
-    gguf_guard.read_metadata(path)
+_TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def _compare_with_gguf_py(path: Path, header: gguf_guard.Header) -> None:
+    """PhiquantError unless gguf-py, where it is installed and knows the file's types, finds the same tensors."""
     try:
-        return _container_reader()(path)
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
-        raise PhiquantError(f"{path} is not a whole GGUF file: {error}; export it or fetch it again") from error
-
-
-def _container_reader() -> Any:
-    """gguf-py's GGUFReader, which passes over the arrays of the metadata (see gguf_guard)."""
-    gguf = need("gguf", extra="gguf")
+        gguf = need("gguf", extra="gguf")
+    except ImportError:
+        return
+    if any(place.kind not in gguf.GGMLQuantizationType.__members__ for place in header.tensors):
+        return
 
     class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        """Passes over the arrays of the metadata (see gguf_guard)."""
+
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != gguf.GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
@@ -193,13 +239,12 @@ def _container_reader() -> Any:
             walk.value(int(raw_type))
             return walk.at - orig_offs, [self.data[orig_offs : walk.at]], [0], [gguf.GGUFValueType.ARRAY]
 
-    return Reader
-
-
-def _hf_name(name: str) -> str:
-    if name in _WHOLE or name.startswith("rope_factors_"):
-        return _WHOLE.get(name, name)
-    found = _BLK.fullmatch(name)
-    if found is None or found[2] not in _LAYER:
-        raise PhiquantError(f"the GGUF file has a tensor {name!r}, which no Phi-3 model has")
-    return f"model.layers.{found[1]}.{_LAYER[found[2]]}.weight"
+    try:
+        theirs = [
+            (t.name, t.tensor_type.name, int(t.data_offset), int(t.n_bytes), tuple(map(int, reversed(t.shape))))
+            for t in Reader(path).tensors
+        ]
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise PhiquantError(f"{path} is not a whole GGUF file: {error}; export it or fetch it again") from error
+    if theirs != [(t.name, t.kind, t.start, t.bytes, t.shape) for t in header.tensors]:
+        raise PhiquantError(f"{path}: gguf-py finds other tensors in it than phiquant; export it or fetch it again")

@@ -313,7 +313,8 @@ def range_from_min_max(
             largest = _power_of_two(torch.as_tensor(largest, dtype=torch.float32, device=lo.device))
         scale = _stored(torch.where(-lo > hi, -lo, hi) / largest, storage)
     elif rule == SIGNED_ABSMAX:
-        scale = _stored(torch.where(-lo >= hi, lo, hi) / qmin, storage)
+        lowest = levels[0, 0] if levels is not None else qmin
+        scale = _stored(torch.where(-lo >= hi, lo, hi) / lowest, storage)
     elif rule in (ABSMEAN, TWN):
         scale = _stored(hi, storage)
     elif rule == ZERO_POINT:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..quant_spec import FloatName, QuantSpec
 
@@ -14,6 +16,7 @@ class Target:
     spec: the grid; None where weights stay float, in `float_dtype`.
     activations: the grid on which the runtime rounds activations by the file's own word; None: it computes with floats.
     note: a limit that a user should know, in one sentence.
+    mixture: of a target with several grids: config.json -> the spec of each module by its name; `spec` is None.
     """
 
     name: str
@@ -21,6 +24,7 @@ class Target:
     float_dtype: FloatName = "bfloat16"
     activations: QuantSpec | None = None
     note: str = ""
+    mixture: Callable[[Mapping[str, Any]], dict[str, QuantSpec]] | None = None
 
     @property
     def format(self) -> str:

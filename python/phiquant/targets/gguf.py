@@ -1,13 +1,34 @@
-"""Targets of GGUF, the format of llama.cpp."""
+"""Targets of GGUF, the format of llama.cpp: a grid for each of its block types, and its mixtures."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..grid_text import read_grid
 from .base import Target, floats
+from .gguf_mixtures import MIXTURES, modules
+
+_TENSOR_SCALE = "a tensor's second scale needs a llama.cpp of 2026; an embedding cannot have one"
+_TERNARY = "for models trained on ternary weights"
 
 TARGETS = (
     *floats("gguf"),
     Target("gguf:Q8_0", read_grid("int8-g32-sym-f16")),
     Target("gguf:Q4_0", read_grid("int4-g32-signmax-f16")),
     Target("gguf:Q4_1", read_grid("uint4-g32-min-f16")),
+    Target("gguf:Q5_0", read_grid("int5-g32-signmax-f16")),
+    Target("gguf:Q5_1", read_grid("uint5-g32-min-f16")),
+    Target("gguf:Q2_K", read_grid("q2_k")),
+    Target("gguf:Q3_K", read_grid("q3_k")),
+    Target("gguf:Q4_K", read_grid("q4_k")),
+    Target("gguf:Q5_K", read_grid("q5_k")),
+    Target("gguf:Q6_K", read_grid("q6_k")),
+    Target("gguf:IQ4_NL", read_grid("iq4_nl")),
+    Target("gguf:IQ4_XS", read_grid("iq4_xs")),
+    Target("gguf:TQ1_0", read_grid("ternary-g256-absmean-f16"), note=f"{_TERNARY}; export with ternary='TQ1_0'"),
+    Target("gguf:TQ2_0", read_grid("ternary-g256-absmean-f16"), note=_TERNARY),
+    Target("gguf:MXFP4", read_grid("mxfp4")),
+    Target("gguf:NVFP4", read_grid("fp4_e2m1-g16-sym-e4m3")),
+    Target("gguf:NVFP4-tensor", read_grid("nvfp4"), note=_TENSOR_SCALE),
+    *(Target(f"gguf:{name}", None, mixture=partial(modules, name)) for name in MIXTURES),
 )

@@ -41,9 +41,9 @@ def logits(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         options.add_session_config_entry(DATA_FOLDER, str(model))
     graph = exact_model(model) if request["exact"] else str(model / MODEL)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    past = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if len(i.shape) == 4
-    }
+    decoder = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+    past = {i.name: empty for i in session.get_inputs() if len(i.shape) == 4}
     for index, window in enumerate(request["windows"]):
         ids = np.array([window], np.int64)
         values = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), **past})[0][0]
