@@ -99,8 +99,9 @@ def break_config(folder: Path, fault: str) -> None:
 BREAK: dict[str, Callable[[Path, str], None]] = {"gguf": break_gguf, "safetensors": break_config}
 # The runtime does not heed the setting, so only the settings of the file tell.
 UNHEEDED = {("gguf", "window off by one")}
+FAST = {("gguf", "factors swapped"), ("gguf", "attention factor missing")}
 CASES = [
-    pytest.param(format, fault, marks=[] if format == "gguf" else pytest.mark.slow, id=f"{format}: {fault}")
+    pytest.param(format, fault, marks=[] if (format, fault) in FAST else pytest.mark.slow, id=f"{format}: {fault}")
     for format in BREAK
     for fault in FAULTS
 ]
@@ -123,7 +124,7 @@ def test_a_fault_in_the_file_is_caught(format: str, fault: str, tokenizer: Any, 
     computed = [one.tokens for one in bad.lengths if not one.ok]
     assert bool(computed) != ((format, fault) in UNHEEDED)
     assert computed or bad.differences
-    if fault == "original context wrong":
+    if fault == "original context wrong" and format != "safetensors":  # there the attention factor follows from it
         assert min(computed) == 513  # the first length behind the border
 
 

@@ -21,8 +21,8 @@ from ..models.rope import Rope, read_rope
 from .check import decoded_model, relative_error, runtime_of
 
 SHORT = 64  # tokens: a length that no border is near
-# Relative errors that are no fault: float32 loses some 5e-6 in a long text, and what a runtime's own rounding does varies
-# with the text. The faults that the tests seed make ten times more, at the least.
+# Relative errors that are no fault: float32 loses some 5e-6 in a long text, and what a runtime's own rounding does
+# varies with the text. The faults that the tests seed make several times more, at the least.
 ROUNDING, SLACK = 2e-5, 2
 _CHARACTERS = 12  # of source code per token, at most on average
 
