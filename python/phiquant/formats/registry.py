@@ -41,7 +41,8 @@ FORMATS = {
     for one in (
         Format("gguf", "llamacpp", "gguf", ("*.gguf",), "gguf", single_file=True),
         Format("onnx", "onnx", "onnx", ("*.onnx", "*.onnx.data"), "onnx"),
-        Format("safetensors", "transformers", "hf", ("*.safetensors",), "safetensors"),
+        Format("safetensors", "transformers", "hf", ("*.safetensors",), "numpy"),
+        Format("mlx", "mlx", "mlx", ("*.safetensors",), "numpy"),
         Format("openvino", "openvino", "openvino", ("openvino_model.bin",), "openvino"),
     )
 }

@@ -11,12 +11,24 @@ from exchange import create_logits, serve
 
 
 def load(request: dict[str, Any]) -> Any:
-    """The model, as from_pretrained(folder) gives it: in the dtype that config.json names, or in float32."""
+    """The model, as from_pretrained(folder) gives it in the dtype that config.json names; or the exact one."""
     torch.set_num_threads(request["threads"])
     dtype = torch.float32 if request["exact"] else "auto"
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         request["model"], dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     ).eval()
+    return weights_alone(model) if request["exact"] else model
+
+
+def weights_alone(model: Any) -> Any:
+    """The model of the decoded weights in float32: no input of a linear is rounded, small floats are widened too."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.quantization_config.dequantize:
+        quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.quantization_scheme.input_activations = None
+    return torch.nn.Module.float(model)  # the own float() of quantized models refuses
 
 
 def load_tokenizer(request: dict[str, Any]) -> Any:
