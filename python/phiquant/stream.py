@@ -67,7 +67,7 @@ def quantize_checkpoint(
     if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
     claim_folder(out, target.format)
-    find(target.format).writer().write(source, out, progress=progress, **options)
+    find(target.format).writer().write(source, out, progress=progress, **_options(target), **options)
     return sign(out, source.config)
 
 
@@ -81,7 +81,7 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
     writer = find(target.format).writer()
     for entry in source.entries:
         writer.check(entry)
-    files = writer.sizes(source)
+    files = writer.sizes(source, **_options(target))
     parameters = sum(entry.numel for entry in source.entries)
     return Plan(
         target=target.name,
@@ -90,7 +90,7 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
         source_bytes=sum(stored.nbytes for stored in source.checkpoint.tensors.values()),
         parameters=parameters,
         bits_per_weight=8 * sum(files.values()) / parameters,
-        peak_memory=_peak_memory(source, target.format),
+        peak_memory=_peak_memory(source),
         seconds=_seconds(source, writer),
     )
 
@@ -99,14 +99,14 @@ def _source(folder: str | Path, target: Target, solver: str, recipe: Recipe | No
     return CheckpointSource(folder, target if recipe is None else recipe, solver)
 
 
-def _peak_memory(source: CheckpointSource, format_name: str) -> int:
-    """This process as it is, the pieces, and for safetensors the packed codes of its largest tensor."""
-    here = peak_memory_here()
-    pieces = int(_PIECES * max(_slice_bytes(entry) for entry in source.entries))
-    if format_name != "safetensors":
-        return here + pieces
-    packed = max((e.numel * e.spec.bits_per_weight(e.shape) / 8 for e in source.entries if e.spec), default=0)
-    return here + pieces + int(packed)
+def _options(target: Target) -> dict[str, Any]:
+    """What a target asks of its format's writer beside the grid of the weights."""
+    return {} if target.activations is None else {"activations": target.activations}
+
+
+def _peak_memory(source: CheckpointSource) -> int:
+    """This process as it is, and the pieces."""
+    return peak_memory_here() + int(_PIECES * max(_slice_bytes(entry) for entry in source.entries))
 
 
 def peak_memory_here() -> int:

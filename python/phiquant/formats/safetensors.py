@@ -28,9 +28,9 @@ def write(
     return folder.write(source, out, _layout(source, activations), progress)
 
 
-def sizes(source: Source) -> dict[str, int]:
-    """Exact bytes of every file that write() makes without options, the receipt excepted."""
-    return folder.sizes(source, _layout(source))
+def sizes(source: Source, *, activations: QuantSpec | str | None = None) -> dict[str, int]:
+    """Exact bytes of every file that write() makes, the receipt excepted."""
+    return folder.sizes(source, _layout(source, activations))
 
 
 def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
