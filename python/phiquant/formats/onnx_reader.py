@@ -59,7 +59,7 @@ class OnnxTensor(StoredTensor):
         shape = spec.scale_shape(codes.shape)
         kind = np.int8 if spec.element.signed else np.uint8
         result = {
-            "codes": (codes.astype(np.int16) - middle).astype(kind),
+            "codes": (codes.view(np.uint8) - np.uint8(middle)).view(kind),  # modulo 256
             "scales": self._narrowed(once(self.name, self._scales(rows), shape), spec),
         }
         if points is not None:
@@ -283,14 +283,12 @@ def _check_shapes(tensor: OnnxTensor) -> None:
 
 def _unpack(packed: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """uint8 [n, bytes] -> codes uint8 or int8 [n, bytes * 8 / bits], the first in the lowest bits."""
-    packed = np.ascontiguousarray(packed)
-    if bits < 8:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        packed = (packed[..., None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(packed), -1)
-    if not signed:
-        return packed
-    half = 1 << (bits - 1)
-    return ((packed ^ np.uint8(half)).astype(np.int16) - half).astype(np.int8)
+    per_byte = 8 // bits
+    codes = np.arange(256)[:, None] >> np.arange(0, 8, bits) & ((1 << bits) - 1)
+    if signed:
+        codes = (codes ^ 1 << (bits - 1)) - (1 << (bits - 1))
+    table = codes.astype(np.int8 if signed else np.uint8)  # the codes in each of the 256 bytes
+    return table.view(f"u{per_byte}")[:, 0][packed].view(table.dtype)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
