@@ -171,8 +171,8 @@ def test_ternary_codes_have_two_types(model: Any, folder: Path, tmp_path: Path) 
 
 
 def test_scale_of_the_whole_tensor(model: Any, folder: Path, tmp_path: Path) -> None:
-    """NVFP4's second level: a tensor beside the matrix, a part of it when read."""
-    source = Tensors(model, folder, "gguf:NVFP4-tensor")
+    """NVFP4's second level: a tensor beside the matrix, a part of it when read. Not where llama.cpp ignores it."""
+    source = Tensors(model, folder, {name: "nvfp4" for name in _matrices(model) if "self_attn" in name})
     receipt = gguf.write(source, tmp_path / "out")
     stored = gguf_reader.read(tmp_path / "out" / gguf.FILE)
     assert set(stored) == {r["name"] for r in receipt["tensors"]} == set(source.tensors)
@@ -182,9 +182,9 @@ def test_scale_of_the_whole_tensor(model: Any, folder: Path, tmp_path: Path) -> 
             assert stored[record["name"]].digests(value.spec).items() <= record.items()
             assert stored[record["name"]].quantized().digests() == value.digests()
             np.testing.assert_array_max_ulp(stored[record["name"]].values(), value.dequantize().numpy(), 1)
-    table = Entry("model.embed_tokens.weight", (4096, 256), read_spec("nvfp4"))
-    with pytest.raises(PhiquantError, match="no scale of the whole tensor for the embedding"):
-        gguf.check(table)
+    for name in ("model.embed_tokens", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_up_proj"):
+        with pytest.raises(PhiquantError, match=r"llama\.cpp does not apply to the embedding, nor to a Phi-3's mlp"):
+            gguf.check(Entry(f"{name}.weight", (4096, 256), read_spec("nvfp4")))
 
 
 FINER = {
@@ -207,7 +207,8 @@ FINER = {
 def test_what_a_type_holds_beside_its_own_grid(make_phi3: Any, folder: Path, tmp_path: Path) -> None:
     """Narrower codes and sub-scales, groups of several blocks: the same numbers, and the same digests."""
     model = make_phi3(num_hidden_layers=4, hidden_size=512, intermediate_size=512)
-    chosen = dict(zip(_matrices(model), FINER, strict=False))
+    attention, mlp = (sorted(n for n in _matrices(model) if part in n) for part in ("self_attn", "mlp"))
+    chosen = dict(zip([*mlp, *attention], FINER, strict=False))
     source = Tensors(model, folder, chosen)
     records = {r["name"]: r for r in gguf.write(source, tmp_path / "out")["tensors"]}
     stored = gguf_reader.read(tmp_path / "out" / gguf.FILE)

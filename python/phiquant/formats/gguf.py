@@ -114,10 +114,10 @@ def _place(entry: Entry, ternary: Ternary = "TQ2_0") -> Iterator[_Stored]:
     name = gguf_name(entry.name)
     yield _Stored(entry, TensorInfo(name, entry.shape, storage_type(entry, ternary)))
     if entry.spec is not None and has_tensor_scale(entry.spec):
-        if entry.module == phi.EMBEDDING:
+        if entry.module == phi.EMBEDDING or ".mlp." in entry.name:
             raise PhiquantError(
-                f"{entry.name}: llama.cpp takes no scale of the whole tensor for the embedding; give it another grid, "
-                "such as gguf:Q8_0"
+                f"{entry.name}: GGUF holds {entry.spec} with a scale of the whole tensor, which llama.cpp does not "
+                "apply to the embedding, nor to a Phi-3's mlp; give it gguf:NVFP4, whose scales have one level"
             )
         yield _Stored(entry, TensorInfo(f"{name.removesuffix('.weight')}.scale", (1,), F32), scale=True)
 

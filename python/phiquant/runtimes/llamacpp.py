@@ -20,7 +20,7 @@ from .worker import Generated
 NAME = "llama.cpp"
 # Without this, an aborting llama.cpp starts a debugger, where one is installed, to print its stack.
 _OPTIONS: dict[str, Any] = {"script": "run_llamacpp", "environment": {"GGML_NO_BACKTRACE": "1"}}
-_QUANTIZED, _BF16, _FLOAT = 2e-2, 1e-2, 1e-3  # bars of the relative error
+_SUPER, _QUANTIZED, _BF16, _FLOAT = 3e-2, 2e-2, 1e-2, 1e-3  # bars of the relative error
 
 
 def logits(
@@ -73,12 +73,15 @@ def generate(
 def bar(stored: Mapping[str, Any], exact: bool) -> float:
     """The relative error of the logits that is llama.cpp's own way of computing.
 
-    It rounds activations to 8 bits before it multiplies with quantized weights, to bfloat16 with BF16, to
-    float16 with F16.
+    It rounds activations to 8 bits before it multiplies with quantized weights: in blocks of 256 for the types of
+    super-blocks, else of 32. To bfloat16 with BF16, to float16 with F16.
     """
+    kinds = {tensor.stored_as for tensor in stored.values()}
+    if any(kind.endswith("_K") or kind in ("IQ4_XS", "TQ1_0", "TQ2_0") for kind in kinds):
+        return _SUPER
     if any(tensor.spec is not None for tensor in stored.values()):
         return _QUANTIZED
-    return _BF16 if any(tensor.stored_as == "BF16" for tensor in stored.values()) else _FLOAT
+    return _BF16 if "BF16" in kinds else _FLOAT
 
 
 def version() -> str:

@@ -8,7 +8,6 @@ from ..grid_text import read_grid
 from .base import Target, floats
 from .gguf_mixtures import MIXTURES, modules
 
-_TENSOR_SCALE = "a tensor's second scale needs a llama.cpp of 2026; an embedding cannot have one"
 _TERNARY = "for models trained on ternary weights"
 
 TARGETS = (
@@ -29,6 +28,5 @@ TARGETS = (
     Target("gguf:TQ2_0", read_grid("ternary-g256-absmean-f16"), note=_TERNARY),
     Target("gguf:MXFP4", read_grid("mxfp4")),
     Target("gguf:NVFP4", read_grid("fp4_e2m1-g16-sym-e4m3")),
-    Target("gguf:NVFP4-tensor", read_grid("nvfp4"), note=_TENSOR_SCALE),
     *(Target(f"gguf:{name}", None, mixture=partial(modules, name)) for name in MIXTURES),
 )
