@@ -58,11 +58,7 @@ def _exported(path: Path) -> Found | None:
     found = detect(path)
     if found is None or found.format.name != "safetensors":
         return found
-    try:
-        config = json.loads((found.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(config, dict) and config.get("quantization_config") else None
+    return found if found.quant_method else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

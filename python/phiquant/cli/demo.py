@@ -12,15 +12,17 @@ import typer
 
 from .. import evaluate, testing
 from ..export import export, verify
+from ..formats.detect import existing
 from ..load import EMBEDDED, load
 from ..qat import Settings
 from ..quantize import quantize
 from ..runtimes import llamacpp
 from ..spec import spec, with_bits
+from . import demo_all
 from .arguments import output_folder
-from .inspect import Stored, gguf_tensors, safetensors_tensors
+from .inspect import bits_of_layers
 from .qat import train
-from .runners import Rows, exported
+from .runners import Rows, in_runtime
 from .session import DebugFlag, JsonFlag, Ui, session, size, table
 
 PROMPT = "def read_lines(path):\n"
@@ -74,10 +76,16 @@ CASES = (
 )
 
 
+ONE = Case(QAT, 4, ("gguf:Q4_0",))  # of `demo --all`
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files.")] = Path("phiquant-demo"),
     seconds: Annotated[float, typer.Option(min=1, help="Training time of each QAT model.")] = 70,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 held-out tokens to evaluate on.")] = 24,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Instead: one set of codes in every format, each file in its runtime.")
+    ] = False,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -85,6 +93,9 @@ def demo(
     with session(json_, debug) as ui:
         began = time.monotonic()
         ui.log_to(output_folder(out) / "demo.log")
+        if all_:
+            _all(ui, out, seconds, windows)
+            return
         rows, sample = run_cases(ui, CASES, out, seconds, windows)
         spent = time.monotonic() - began
         ok = all(row.codes_verified for row in rows)
@@ -92,6 +103,20 @@ def demo(
         ui.result(report, show(rows), *legend(windows, spent), "", *sample_lines(sample))
         if not ok:
             raise typer.Exit(1)
+
+
+def _all(ui: Ui, out: Path, seconds: float, windows: int) -> None:
+    """One QAT model in every format."""
+    began = time.monotonic()
+    _, tokenizer = load(EMBEDDED)
+    model = make_model(ui, ONE, tokenizer, out, seconds)
+    measured = demo_all.in_torch(model, tokenizer, windows)
+    rows = list(demo_all.rows(ui, model, tokenizer, out, measured))
+    spent = time.monotonic() - began
+    report = demo_all.report(rows, measured, spent)
+    ui.result(report, *demo_all.show(rows, measured, spent))
+    if not report["ok"]:
+        raise typer.Exit(1)
 
 
 def run_cases(
@@ -138,13 +163,14 @@ def run_file(
 ) -> Row:
     """Check the export in `folder` against its receipt, run it where it belongs, compare with torch's `logits`."""
     path = max((folder / name for name in receipt["files"]), key=lambda file: file.stat().st_size)
-    run = exported(folder)
+    found = existing(folder)
+    run = in_runtime(found)
     same = evaluate.compare_logits(ids, run.logits(ids), logits)
     return Row(
         method=case.title,
         file=str(path.relative_to(folder.parent)),
         bytes=path.stat().st_size,
-        bits_per_weight=_bits(path),
+        bits_per_weight=bits_of_layers(found),
         perplexity_torch=same.reference_perplexity,
         perplexity_runtime=same.perplexity,
         runtime=run.runtime,
@@ -152,14 +178,6 @@ def run_file(
         same_top_as_torch=same.same_top,
         codes_verified=verify(folder).ok,
     )
-
-
-def _bits(path: Path) -> float:
-    """Stored bits per weight of the decoder's linear layers, scales included, counted in the file."""
-    tensors: list[Stored] = gguf_tensors(path)[0] if path.suffix == ".gguf" else safetensors_tensors([path])
-    layers = [t for t in tensors if len(t.shape) == 2 and ".layers." in t.name]
-    total = sum(t.shape[0] * t.shape[1] for t in layers)
-    return 8 * sum(t.bytes for t in layers) / total
 
 
 def _generate(folder: Path) -> str:

@@ -16,7 +16,7 @@ ModelArg = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint (run in torch), a .gguf file (llama.cpp), an exported folder (its runtime), or 'phi3-tiny'.",
+        help="A checkpoint (run in torch), an exported file or folder of any format (its runtime), or 'phi3-tiny'.",
         show_default=False,
     ),
 ]
@@ -42,13 +42,17 @@ def evaluate(
     text: TextOption = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     limit: LimitOption = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="In the runtime's default setting; without: in that which computes as torch."),
+    ] = False,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Measure perplexity on a text, in the runtime that the file is made for."""
     with session(json_, debug) as ui:
         words = read_text(text) or testing.heldout_text()
-        ours = runner(model)
+        ours = runner(model, exact=not fast)
         rows = measure.windows(ours.tokenizer, words, window, limit)
         ui.note(f"{len(rows)} windows of {len(rows[0])} tokens in {ours.runtime}")
         result: Any

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safetensors import safe_open
 
 from ..checkpoint import read_header
 from ..errors import PhiquantError
 from ..formats import gguf_reader, receipt
+from ..formats.detect import Found, detect
+from ..formats.registry import FORMATS
+from ..formats.stored import StoredTensor
+from ..runtimes.check import runtime_of
 from ..spec import FLOAT_BITS, spec
 from .arguments import checkpoint_folder
 from .session import DebugFlag, JsonFlag, session, size, table
@@ -22,22 +25,22 @@ PathArg = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A checkpoint's folder, a .gguf or .safetensors file, an exported folder, a receipt.json, or 'phi3-tiny'.",
+        help="A checkpoint's folder, a file or folder of any format, a receipt.json, or 'phi3-tiny'.",
         show_default=False,
     ),
 ]
-# What compressed-tensors stores beside (or instead of) X.weight, counted as part of X.weight.
-_PARTS = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as a file stores it; bytes includes its scales."""
+    """One tensor as a file stores it; bytes includes its scales. grid: its spec, or its dtype if it has no codes."""
 
     name: str
     stored_as: str
     shape: tuple[int, ...]
     bytes: int
+    grid: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,13 +48,15 @@ class Stored:
 
 
 def inspect(path: PathArg, json_: JsonFlag = False, debug: DebugFlag = False) -> None:
-    """Show the tensors of a checkpoint, GGUF, safetensors file or folder, or receipt: type, shape, bits per weight."""
+    """Show the tensors of a checkpoint, an exported file or folder of any format, or a receipt, and what each is."""
     with session(json_, debug) as ui:
         kind, tensors, facts = _look(path)
         report = summary(kind, tensors) | facts
-        rows = table("tensor", "stored as", "shape", "bits per weight>", "size>")
+        rows = table("tensor", "stored as", "grid", "shape", "bits per weight>", "size>")
         for t in tensors:
-            rows.add_row(t.name, t.stored_as, " x ".join(map(str, t.shape)), f"{t.bits_per_weight:.3f}", size(t.bytes))
+            rows.add_row(
+                t.name, t.stored_as, t.grid, " x ".join(map(str, t.shape)), f"{t.bits_per_weight:.3f}", size(t.bytes)
+            )
         types = table("stored as", "tensors>", "values>", "bits per weight>", "size>")
         for name, entry in report["types"].items():
             values = f"{entry['values']:,}"
@@ -81,69 +86,65 @@ def _sums(tensors: list[Stored]) -> dict[str, Any]:
 def _look(path: str) -> tuple[str, list[Stored], dict[str, Any]]:
     """(what it is, its tensors, what else is worth saying)."""
     file = Path(path)
-    if file.suffix == ".gguf" and file.is_file():
-        return "GGUF", *gguf_tensors(file)
+    if file.name == receipt.NAME and file.is_file():
+        return "receipt", *receipt_tensors(file.parent)
+    found = detect(file) if file.exists() else None
+    if found is not None and not _is_checkpoint(found):
+        tensors, facts = stored_tensors(found)
+        exported = "exported " if found.receipt else ""
+        method = f" ({found.quant_method})" if found.quant_method else ""
+        return f"{exported}{found.format.name}{method}", tensors, facts
     if file.suffix == ".safetensors" and file.is_file():
         return "safetensors file", safetensors_tensors([file]), {}
-    if file.name == "receipt.json" and file.is_file():
-        return "receipt", *receipt_tensors(file.parent)
     if file.is_file():
-        raise PhiquantError(f"{file} is none of .gguf, .safetensors, receipt.json; phiquant opens no other files")
+        raise PhiquantError(f"{file} is in none of the formats {', '.join(FORMATS)}, and no receipt.json")
     with checkpoint_folder(path) as folder:
-        return _look_into(folder)
+        if shards := sorted(folder.glob("*.safetensors")):
+            return "checkpoint", safetensors_tensors(shards), {}
+        raise PhiquantError(f"{folder} has no weights in any of the formats {', '.join(FORMATS)}")
 
 
-def _look_into(folder: Path) -> tuple[str, list[Stored], dict[str, Any]]:
-    if ggufs := sorted(folder.glob("*.gguf")):
-        tensors, facts = gguf_tensors(ggufs[0])
-        return "exported GGUF folder", tensors, facts | _verified(folder)
-    if shards := sorted(folder.glob("*.safetensors")):
-        exported = (folder / "receipt.json").is_file()
-        kind = "exported safetensors folder" if exported else "checkpoint"
-        return kind, safetensors_tensors(shards), _verified(folder) if exported else {}
-    raise PhiquantError(f"{folder} has no .safetensors and no .gguf file")
+def _is_checkpoint(found: Found) -> bool:
+    """A float checkpoint: its headers tell all, and a part of it may be looked at."""
+    return found.format.name == "safetensors" and found.receipt is None and not found.quant_method
+
+
+def stored_tensors(found: Found) -> tuple[list[Stored], dict[str, Any]]:
+    """The tensors of an exported model as its reader finds them, and what its receipt and its file say."""
+    tensors = [_stored(tensor) for tensor in found.read().values()]
+    facts: dict[str, Any] = {"format": found.format.name, "runtime": runtime_of(found.format).NAME}
+    if found.receipt is not None:
+        facts["verified"] = bool(found.receipt.get("verified"))
+    if found.format.name == "gguf":
+        keys = gguf_reader.read_metadata(found.path)
+        facts |= {key: keys[key] for key in ("general.name", "tokenizer.ggml.pre") if key in keys}
+    return tensors, facts
+
+
+def bits_of_layers(found: Found) -> float:
+    """Stored bits per weight of the decoder's linear layers, scales included, counted in the file."""
+    layers = [t for t in stored_tensors(found)[0] if len(t.shape) == 2 and ".layers." in t.name]
+    total = sum(t.shape[0] * t.shape[1] for t in layers)
+    return 8 * sum(t.bytes for t in layers) / total
+
+
+def _stored(tensor: StoredTensor) -> Stored:
+    """A file that stores a tensor under a name, not as a type, is told by the grid or the dtype."""
+    spec, kind = tensor.spec, tensor.stored_as
+    if spec is None:
+        dtype = tensor.raw(slice(0, 1)).dtype
+        bits, grid = float(8 * dtype.itemsize), _DTYPES.get(dtype.name, dtype.name)
+    else:
+        bits, grid = spec.bits_per_weight(tensor.shape), str(spec)
+    if kind.startswith(tensor.name.removesuffix("weight")):
+        kind = grid
+    return Stored(tensor.name, kind, tensor.shape, math.ceil(bits * math.prod(tensor.shape) / 8), grid)
 
 
 def safetensors_tensors(files: Iterable[Path]) -> list[Stored]:
-    """The tensors of safetensors files; a packed weight and its scales count as one."""
-    raw: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for name, stored in read_header(file).items():
-            raw[name] = (stored.dtype, stored.shape, stored.nbytes)
-            if name.endswith(".weight_shape"):
-                shapes[name.removesuffix("_shape")] = _true_shape(file, name)
-    return _merge(raw, shapes)
-
-
-def _true_shape(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, framework="pt") as opened:
-        return tuple(int(n) for n in opened.get_tensor(name).flatten())
-
-
-def _merge(raw: dict[str, tuple[str, tuple[int, ...], int]], shapes: dict[str, tuple[int, ...]]) -> list[Stored]:
-    found: dict[str, Stored] = {}
-    for name, (dtype, shape, stored) in raw.items():
-        part = next((p for p in _PARTS if name.endswith(p)), None)
-        if part is None:
-            beside = raw.get(f"{name}_scale")
-            kind = f"{dtype} codes" if beside else dtype
-            found[name] = Stored(name, kind, shape, stored + (beside[2] if beside else 0))
-        elif part == ".weight_packed":
-            weight = name.removesuffix("_packed")
-            total = sum(raw[weight + p.removeprefix(".weight")][2] for p in _PARTS if weight + p[7:] in raw)
-            true_shape = shapes.get(weight, shape)
-            bits = round(8 * stored / max(1, math.prod(true_shape)))
-            found[weight] = Stored(weight, f"int{bits} packed", true_shape, total)
-    return list(found.values())
-
-
-def gguf_tensors(file: Path) -> tuple[list[Stored], dict[str, Any]]:
-    """The tensors of a GGUF file under their Hugging Face names, and a few of its keys."""
-    found = gguf_reader.read(file).values()
-    keys = gguf_reader.read_metadata(file)
-    facts: dict[str, Any] = {key: keys[key] for key in ("general.name", "tokenizer.ggml.pre") if key in keys}
-    return [Stored(t.name, t.stored_as, t.shape, int(t.data.nbytes)) for t in found], facts
+    """The tensors of safetensors files, as their headers have them."""
+    headers = (item for file in files for item in read_header(file).items())
+    return [Stored(name, found.dtype, found.shape, found.nbytes, found.dtype) for name, found in headers]
 
 
 def receipt_tensors(folder: Path) -> tuple[list[Stored], dict[str, Any]]:
@@ -153,9 +154,6 @@ def receipt_tensors(folder: Path) -> tuple[list[Stored], dict[str, Any]]:
     for entry in data["tensors"]:
         shape = tuple(entry["shape"])
         bits = spec(entry["spec"]).bits_per_weight(shape) if "spec" in entry else FLOAT_BITS.get(entry.get("dtype"), 0)
-        tensors.append(Stored(entry["name"], entry["stored_as"], shape, math.ceil(bits * math.prod(shape) / 8)))
+        grid = entry.get("spec") or str(entry.get("dtype"))
+        tensors.append(Stored(entry["name"], entry["stored_as"], shape, math.ceil(bits * math.prod(shape) / 8), grid))
     return tensors, {"format": data["format"], "verified": bool(data.get("verified"))}
-
-
-def _verified(folder: Path) -> dict[str, Any]:
-    return receipt_tensors(folder)[1] if (folder / "receipt.json").is_file() else {}

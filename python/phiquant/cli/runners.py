@@ -9,9 +9,7 @@ from typing import Any
 
 from ..errors import PhiquantError
 from ..evaluate import model_logits
-from ..export import locate
-from ..formats import receipt
-from ..formats.registry import FORMATS, Format, find
+from ..formats.detect import Found, detect
 from ..load import load
 from ..runtimes.check import runtime_of
 
@@ -27,39 +25,38 @@ class Runner:
     logits: Callable[[Rows], Iterable[Any]]
 
 
-def runner(source: str) -> Runner:
-    """Whatever `source` names: "phi3-tiny", a checkpoint, a hub name, a .gguf file, an exported folder."""
+def runner(source: str, exact: bool = True) -> Runner:
+    """Whatever `source` names: "phi3-tiny", a checkpoint, a hub name, a file or folder of any format.
+
+    exact: in the runtime's setting that computes what torch does; False: in its default one. Checkpoints run in
+    torch, and so do quantized ones that others made and that no runtime here reads (GPTQ, AWQ).
+    """
     path = Path(source)
+    found = detect(path) if path.exists() else None
+    if found is not None and _has_runtime(found):
+        return in_runtime(found, exact)
     if path.is_file():
-        for format in FORMATS.values():
-            if format.single_file and any(path.match(pattern) for pattern in format.weights):
-                return in_runtime(format, path)
-        raise PhiquantError(f"{path}: give a .gguf file, or the folder of a checkpoint or of an export")
-    if path.is_dir():
-        if (path / receipt.NAME).is_file():
-            return exported(path)
-        if files := sorted(path.glob("*.gguf")):
-            return in_runtime(find("gguf"), files[0])
-    return checkpoint(source)
+        raise PhiquantError(f"{path}: give a file of a format in `phiquant targets`, or the folder it lies in")
+    return in_torch(source)
 
 
-def exported(folder: Path) -> Runner:
-    """An exported folder in the runtime of its format."""
-    data = receipt.read(folder)
-    return in_runtime(find(data["format"]), locate(folder, data))
-
-
-def in_runtime(format: Format, path: Path) -> Runner:
-    """A file or folder of `format` in its runtime, with the runtime's own tokenizer."""
-    runtime = runtime_of(format)
+def in_runtime(found: Found, exact: bool = True) -> Runner:
+    """An exported model in the runtime of its format, with the runtime's own tokenizer."""
+    runtime = runtime_of(found.format)
 
     def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": runtime.tokenize(path, [text])[0]}
+        return {"input_ids": runtime.tokenize(found.path, [text])[0]}
 
-    return Runner(runtime.NAME, tokenizer, lambda rows: runtime.logits(path, rows))
+    return Runner(runtime.NAME, tokenizer, lambda rows: runtime.logits(found.path, rows, exact=exact))
 
 
-def checkpoint(source: str) -> Runner:
-    """A float checkpoint in torch."""
+def in_torch(source: str) -> Runner:
+    """A checkpoint or an imported file in torch."""
     model, tokenizer = load(source)
     return Runner("torch", tokenizer, lambda rows: model_logits(model, rows))
+
+
+def _has_runtime(found: Found) -> bool:
+    if found.format.name != "safetensors" or found.receipt is not None:
+        return True
+    return found.quant_method == "compressed-tensors"

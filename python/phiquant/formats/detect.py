@@ -45,6 +45,12 @@ class Found:
         data = receipts.read(self.folder)
         return data if data["format"] == self.format.name else None
 
+    @property
+    def quant_method(self) -> str | None:
+        """How config.json says weights are quantized: "compressed-tensors", "gptq", "awq" ...; None: it does not."""
+        method = (_config(self.folder).get("quantization_config") or {}).get("quant_method")
+        return method if isinstance(method, str) else None
+
     def record(self, name: str) -> dict[str, Any]:
         """What the receipt says of a tensor; {} where nothing is said."""
         tensors = self.receipt["tensors"] if self.receipt else []
