@@ -78,9 +78,9 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 from phiquant import stream
-from phiquant.formats import partial, safetensors, source
+from phiquant.formats import partial, safetensors_folder, source
 how, folder, target, out = sys.argv[1:]
-partial.SYNC_BYTES, source.CHUNK_BYTES, safetensors.SHARD_BYTES = 1, 100_000, 1_500_000
+partial.SYNC_BYTES, source.CHUNK_BYTES, safetensors_folder.SHARD_BYTES = 1, 100_000, 1_500_000
 if how == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
 count = 0

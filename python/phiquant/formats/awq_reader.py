@@ -52,7 +52,7 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
         if len(shape) != 2:
             raise PhiquantError(f"{module}.qweight has the shape {list(shape)}; a matrix was due")
         columns, rows = shape[0], shape[1] * 8
-        gptq_reader.check_shapes(files, module, {".qzeros": (None, rows // 8), ".scales": (None, rows)})
+        gptq_reader.check_shapes(files, module, {".qzeros": rows // 8, ".scales": rows})
         if columns % files.place(f"{module}.scales").shape[0]:
             raise PhiquantError(f"{module}: its groups do not divide {columns} input channels")
         name = f"{module}.weight"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -47,20 +46,24 @@ class FusedTensor(StoredTensor):
         return found
 
 
-def fused(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def fused(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """`stored` with q, k, v and gate, up joined where all are there and agree; otherwise they stay slices."""
     result = dict(stored)
-    for name, shape in phi.tensors(config):
-        slices = [stored.get(f"{part}.weight") for part in phi.slice_names(name.removesuffix(".weight"))]
+    for module in dict.fromkeys(phi.fused_name(name.removesuffix(".weight")) for name in stored):
+        slices = [stored.get(f"{part}.weight") for part in phi.slice_names(module)]
         present = [one for one in slices if one is not None]
-        if not present or len(present) < len(slices) or name in stored:
-            continue
-        specs = {one.spec for one in present}
-        spec = present[0].spec
-        by_rows = spec is None or isinstance(spec.granularity, PerGroup) or spec.granularity == PerChannel(0)
-        kinds = {one.stored_as for one in present}
-        if len(specs) == 1 and len(kinds) == 1 and by_rows and (spec is None or spec.two_level is None):
+        if present and len(present) == len(slices) and f"{module}.weight" not in stored and _agree(present):
             for one in present:
                 del result[one.name]
+            shape = (sum(one.shape[0] for one in present), *present[0].shape[1:])
+            name = f"{module}.weight"
             result[name] = FusedTensor(name, present[0].stored_as, shape, present)
     return result
+
+
+def _agree(slices: Sequence[StoredTensor]) -> bool:
+    """Whether one grid says all of them, and no scale is shared by rows of two."""
+    spec = slices[0].spec
+    alone = spec is None or isinstance(spec.granularity, PerGroup) or spec.granularity == PerChannel(0)
+    same = len({(one.spec, one.stored_as, one.shape[1:]) for one in slices}) == 1
+    return same and alone and (spec is None or spec.two_level is None)

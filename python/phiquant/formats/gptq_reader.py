@@ -127,9 +127,9 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
     for module in part_names(files.places, ".qweight"):
         rows = files.place(f"{module}.qweight").shape[-1]
         columns = _columns(files, module, bits)
-        _check_groups(files, module, columns)
         name = f"{module}.weight"
-        check_shapes(files, module, {".qzeros": (None, -(-rows * bits // 32)), ".scales": (None, rows)})
+        check_shapes(files, module, {".qzeros": -(-rows * bits // 32), ".scales": rows})
+        _check_groups(files, module, columns)
         result[name] = ColumnTensor(name, f"GPTQ {bits}-bit", (rows, columns), files, bits, version == "gptq")
     return with_floats(files, result)
 
@@ -153,13 +153,13 @@ def with_floats(files: TensorFiles, coded: dict[str, ColumnTensor]) -> dict[str,
                 raise PhiquantError(f"{name} is no part of a quantized linear; refused")
         elif place.dtype in ("F32", "F16", "BF16") and not name.endswith("rotary_emb.inv_freq"):
             result[name] = FloatTensor(name, place.dtype, place.shape, files)
-    return fused(files.config, result)
+    return fused(result)
 
 
-def check_shapes(files: TensorFiles, module: str, expected: dict[str, tuple[int | None, int]]) -> None:
-    """PhiquantError unless the parts of a module have those shapes (None: the number of groups, the same in all)."""
+def check_shapes(files: TensorFiles, module: str, widths: dict[str, int]) -> None:
+    """PhiquantError unless the parts of a module have as many columns, and a row for every group."""
     groups = set()
-    for suffix, (_, width) in expected.items():
+    for suffix, width in widths.items():
         shape = files.place(f"{module}{suffix}").shape
         if len(shape) != 2 or shape[1] != width:
             raise PhiquantError(f"{module}{suffix} has the shape {list(shape)}; {width} columns were due")

@@ -148,7 +148,7 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
             result[name] = MLXTensor(name, place.dtype, place.shape, files)
         else:
             raise PhiquantError(f"{name} is {place.dtype} and has no scales beside it; refused")
-    return fused(files.config, result)
+    return fused(result)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
             weight = name.removesuffix("_packed")
             scheme = _scheme(config, weight.removesuffix(".weight")) if f"{weight}_scale" in files else None
             result[weight] = _tensor(files, weight, name, scheme)
-    return fused(files.config, result)
+    return fused(result)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
