@@ -92,7 +92,7 @@ def test_bytes_are_those_of_the_operators(small: Any, folder: Path, tmp_path: Pa
 def test_int8_dynamic(small: Any, folder: Path, tmp_path: Path) -> None:
     """Integers per row are multiplied as such; other grids stay what they are."""
     source = Tensors(small, folder, "int8-channel-sym", "uint4-g32-asym")
-    writer.write(source, tmp_path, form="int8-dynamic")
+    writer.write(source, tmp_path, activations="uint8-tensor-asym")
     stored = reader.read(tmp_path)
     kinds = {name.rpartition(".")[0].rpartition(".")[2]: tensor.stored_as for name, tensor in stored.items()}
     assert kinds["qkv_proj"] == kinds["down_proj"] == "MatMulInteger"
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(grid: str, shape: tuple[int, int], reason:
 
 def test_options_are_checked(small: Any, folder: Path, tmp_path: Path) -> None:
     source = Tensors(small, folder)
-    with pytest.raises(PhiquantError, match="form is one of genai, qdq, int8-dynamic, not 'onnx'"):
+    with pytest.raises(PhiquantError, match="form is one of genai, qdq, not 'onnx'"):
         writer.write(source, tmp_path, form="onnx")  # type: ignore[arg-type]
     with pytest.raises(PhiquantError, match="accuracy_level is 0 to 4"):
         writer.write(source, tmp_path, accuracy_level=5)
@@ -141,6 +141,10 @@ def test_options_are_checked(small: Any, folder: Path, tmp_path: Path) -> None:
         writer.write(source, tmp_path, level=1)  # type: ignore[call-arg]
     with pytest.raises(PhiquantError, match="no tokenizer was given"):
         writer.write(Tensors(small, None), tmp_path)
+    with pytest.raises(PhiquantError, match="round activations to uint8-tensor-asym, not to int8-token-sym"):
+        writer.write(source, tmp_path, activations="int8-token-sym")
+    with pytest.raises(PhiquantError, match="rounded for grids like int8-channel-sym; no tensor has one"):
+        writer.write(source, tmp_path, activations="uint8-tensor-asym")
     assert not list(tmp_path.iterdir())
 
 

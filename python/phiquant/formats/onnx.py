@@ -16,6 +16,9 @@ import numpy as np
 from ..errors import PhiquantError
 from ..models import phi
 from ..models.rope import read_rope
+from ..spec import QuantSpec
+from ..spec import spec as read_spec
+from ..targets import TARGETS
 from . import companions, onnx_weights, receipt
 from .onnx_file import DataFile, Placed
 from .onnx_genai import genai_config, tokenizer_config
@@ -26,34 +29,39 @@ from .partial import write_atomically
 from .source import Entry, Progress, Source
 
 FILE, DATA, GENAI = "model.onnx", "model.onnx.data", "genai_config.json"
-Form = Literal["genai", "qdq", "int8-dynamic"]
-FORMS = ("genai", "qdq", "int8-dynamic")
+Form = Literal["genai", "qdq"]
+FORMS = ("genai", "qdq")
+DYNAMIC = read_spec("uint8-tensor-asym")  # how DynamicQuantizeLinear rounds activations
 _TABLES = "rotary"  # the unit of the data file with the tables of cosines and sines
 
 
 class _Plan:
     """Everything that is known before the first byte: places, graph, settings, companions."""
 
-    def __init__(self, source: Source, form: str, accuracy_level: int) -> None:
+    def __init__(self, source: Source, form: str, accuracy_level: int, activations: QuantSpec | str | None) -> None:
         phi.check_architecture(source.config)
         phi.check_complete(source.config, {entry.name: entry.shape for entry in source.entries})
         if form not in FORMS:
             raise PhiquantError(f"form is one of {', '.join(FORMS)}, not {form!r}")
         if accuracy_level not in range(5):
             raise PhiquantError(f"accuracy_level is 0 to 4 (1: float activations, 4: int8), not {accuracy_level!r}")
-        self.source = source
+        self.source, self.form, self.dynamic = source, form, activations is not None
+        if activations is not None and read_spec(activations) != DYNAMIC:
+            raise PhiquantError(f"ONNX's operators round activations to {DYNAMIC}, not to {activations}")
         self.companions = companions.companions(source.tokenizer_dir)
         self.rope = read_rope(source.config)
         self.data = DataFile(DATA)
-        self.weights = {entry.name: self._place(entry, form) for entry in source.entries}
+        self.weights = {entry.name: self._place(entry) for entry in source.entries}
+        if self.dynamic and not any(weight.layout.kind == "dynamic" for weight in self.weights.values()):
+            raise PhiquantError("activations are rounded for grids like int8-channel-sym; no tensor has one")
         self.tables = rotary_tables(self.rope)
         places = {name: self.data.place(_TABLES, name, "float32", t.shape) for name, t in self.tables.items()}
         self.model = self._graph(places, accuracy_level)
 
-    def _place(self, entry: Entry, form: str) -> Weight:
+    def _place(self, entry: Entry) -> Weight:
         tied = phi.sizes(self.source.config).tied
         table = entry.module == phi.EMBEDDING or (tied and entry.module == phi.HEAD)
-        return onnx_weights.place(entry, onnx_weights.layout(entry, form, table), self.data)
+        return onnx_weights.place(entry, onnx_weights.layout(entry, self.form, table, self.dynamic), self.data)
 
     def _graph(self, places: Mapping[str, Placed], accuracy_level: int) -> bytes:
         narrow = any(weight.layout.kind == "columns" and weight.layout.bits == 2 for weight in self.weights.values())
@@ -84,16 +92,22 @@ class _Plan:
 
 
 def write(
-    source: Source, out: Path, *, progress: Progress | None = None, form: Form = "genai", accuracy_level: int = 4
+    source: Source,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    form: Form = "genai",
+    accuracy_level: int = 4,
+    activations: QuantSpec | str | None = None,
 ) -> dict[str, Any]:
     """Write the folder `out` and return its receipt. Everything is checked before the first byte.
 
-    form: "genai", MatMulNBits, what ONNX Runtime computes fastest; "qdq", standard DequantizeLinear in front of
-        MatMul; "int8-dynamic", grids of 8 bits per row multiplied as integers, with activations rounded to uint8.
+    form: "genai", MatMulNBits, what ONNX Runtime computes fastest; "qdq", standard DequantizeLinear in front of MatMul.
     accuracy_level: of MatMulNBits; 4 rounds activations to int8 per block (fast), 1 leaves them in float.
+    activations: "uint8-tensor-asym", linears on grids of 8 bits per row multiply integers (target onnx:int8-dynamic).
     A run that is interrupted continues with the next one, if the source has the same fingerprint.
     """
-    plan = _Plan(source, form, accuracy_level)
+    plan = _Plan(source, form, accuracy_level, activations)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     receipt.remove(out)
@@ -110,6 +124,7 @@ def write(
         records = [file.records[entry.name] for entry in source.entries]
         result = receipt.make("onnx", files, records, list(source.entries), ("onnx",))
         result["form"] = form
+        result["targets"] = [t for t in result["targets"] if (TARGETS[t].activations is not None) == plan.dynamic]
         receipt.write(out, result)
         file.forget()
     return result
@@ -120,9 +135,11 @@ def check(entry: Entry, form: Form = "genai") -> None:
     onnx_weights.layout(entry, form, entry.module == phi.EMBEDDING)
 
 
-def sizes(source: Source, form: Form = "genai", accuracy_level: int = 4) -> dict[str, int]:
-    """Exact bytes of every file that write() makes, the receipt excepted."""
-    plan = _Plan(source, form, accuracy_level)
+def sizes(
+    source: Source, *, form: Form = "genai", accuracy_level: int = 4, activations: QuantSpec | str | None = None
+) -> dict[str, int]:
+    """Exact bytes of every file that write() makes with these options, the receipt excepted."""
+    plan = _Plan(source, form, accuracy_level, activations)
     made = {DATA: plan.data.size, FILE: len(plan.model)}
     made |= {name: len(text.encode()) for name, text in plan.texts().items()}
     return made | {path.name: path.stat().st_size for path in plan.copies()}

@@ -15,8 +15,6 @@ from ..models.rope import Rope
 from .onnx_file import MICROSOFT, DataFile, Graph, Placed
 from .onnx_weights import Weight
 
-INT8_DYNAMIC = "int8-dynamic"
-
 
 class Decoder:
     """Builds the graph. weights: by Hugging Face name; caches: the tables of onnx_rotary, by name."""

@@ -61,9 +61,10 @@ class Weight:
         return names.get(kind, self.layout.dtype)
 
 
-def layout(entry: Entry, form: str = "genai", table: bool = False) -> Layout:
+def layout(entry: Entry, form: str = "genai", table: bool = False, dynamic: bool = False) -> Layout:
     """How `entry` is stored. table: it is looked up by rows, so rows stay rows in every form.
 
+    dynamic: grids of 8 bits per row multiply rounded activations.
     PhiquantError names the tensor, its spec, what does not fit and the nearest target that does.
     """
     spec = entry.spec
@@ -76,13 +77,8 @@ def layout(entry: Entry, form: str = "genai", table: bool = False) -> Layout:
         )
     bits, block = _bits(spec), _block(entry.shape, spec)
     signed, zero_points = spec.element.signed, spec.offset == "zero_point"
-    if (
-        form == "int8-dynamic"
-        and not table
-        and bits == 8
-        and spec.scale_shape(entry.shape)[-1] == 1
-        and not zero_points
-    ):
+    whole_rows = spec.scale_shape(entry.shape)[-1] == 1
+    if dynamic and not table and bits == 8 and whole_rows and not zero_points:
         return Layout("dynamic", "int8", bits, entry.shape[1])
     if form == "qdq" and not table:
         return Layout("columns", f"{'int' if signed else 'uint'}{bits}", bits, block, 0, zero_points)
