@@ -18,6 +18,9 @@
 //          minimum        not exact: least-squares refits of scale and minimum to the codes of the grid's range
 //        A block with more than 2^22 breakpoints is not swept: the grid is made finer around its best instead.
 //
+// With weights, one per column, an error counts as much as its weight says: the best range of the grid, then three
+// refits of its scale (and minimum) to its codes by least squares, each kept only if better. Not exact.
+//
 // A block that holds a value that is not finite gets a NaN scale. x, scale, offset as in affine.h.
 #pragma once
 
@@ -25,9 +28,17 @@
 
 namespace phiquant {
 
+// values [columns], each at least 0: of value i those of column (first + i) % columns, where columns is a multiple of
+// the block's length; columns 0: all values count alike.
+struct Weights {
+  const float* values = nullptr;
+  int64_t columns = 0;
+  int64_t first = 0;
+};
+
 struct SearchKernels {
-  void (*grid)(const void* x, Layout layout, RangeSpec spec, float* scale, float* offset);
-  void (*exact)(const void* x, Layout layout, RangeSpec spec, float* scale, float* offset);
+  void (*search)(const void* x, Layout layout, RangeSpec spec, bool exact, Weights weights, float* scale,
+                 float* offset);
 };
 
 // The kernels of the current CPU level (core/cpu.h). All levels give the same bits.

@@ -42,6 +42,7 @@ struct Search {
   template <Offset kOffset>
   struct Errors {
     static constexpr bool kInteger = true;
+    static constexpr bool kMinimum = kOffset == Offset::minimum;
     F scale, inv, offset, low, high;
     Errors(const Found<V>& range, const Grid& grid)
         : scale(range.scale), inv(Range<V>::inverse(range.scale)), offset(range.offset) {
@@ -50,6 +51,7 @@ struct Search {
       high = V::sub(V::set1(grid.qmax), shift);
     }
     F code(F x) const { return V::min(V::max(V::round(V::mul(x, inv)), low), high); }
+    F decoded(F x) const { return V::mul(scale, code(x)); }  // without a minimum
     F squared(F x) const {
       F e;
       if constexpr (kOffset == Offset::minimum) {
@@ -65,33 +67,46 @@ struct Search {
   template <class Codec>
   struct CodecErrors {
     static constexpr bool kInteger = false;
+    static constexpr bool kMinimum = false;
     typename Codec::Shared shared;
     Codec codec;
     CodecErrors(const Found<V>& range, const Grid& grid)
         : shared(grid, 0), codec{shared, {range.scale, Range<V>::inverse(range.scale), range.offset}} {}
     CodecErrors(const CodecErrors&) = delete;
     CodecErrors& operator=(const CodecErrors&) = delete;
+    F decoded(F x) const { return codec.nearest(x); }
     F squared(F x) const {
       const F e = V::sub(codec.nearest(x), x);
       return V::mul(e, e);
     }
   };
 
-  // Blocks in lanes: rows[i] holds value i of each block. Values are added in their order.
-  template <class E>
+  // Blocks in lanes: rows[i] holds value i of each block, weights[i] its weight. Values are added in their order.
+  template <class E, bool kHasWeights>
   struct Short {
     using Error = E;
     static constexpr bool kInLanes = true;
+    static constexpr bool kWeighted = kHasWeights;
     const F* rows;
+    const F* weights;
     int64_t n;
     int64_t blocks;
     RangeSpec spec;
 
+    F weighed(F term, int64_t i) const {
+      if constexpr (kWeighted) return V::mul(weights[i], term);
+      return term;
+    }
+    // The sum of term(x) over the block, weighed.
+    template <class Term>
+    F sum(Term term) const {
+      F total = V::set1(0.0f);
+      for (int64_t i = 0; i < n; ++i) total = V::add(total, weighed(term(rows[i]), i));
+      return total;
+    }
     F error(const Found<V>& range) const {
       const E errors(range, spec.grid);
-      F sum = V::set1(0.0f);
-      for (int64_t i = 0; i < n; ++i) sum = V::add(sum, errors.squared(rows[i]));
-      return sum;
+      return sum([&](F x) { return errors.squared(x); });
     }
     // Of several ranges at once: one load of a value serves them, and no range waits for the one before.
     template <int kCount>
@@ -104,7 +119,7 @@ struct Search {
       F s[sizeof...(kIndex)] = {((void)kIndex, V::set1(0.0f))...};
       for (int64_t i = 0; i < n; ++i) {
         const F x = rows[i];
-        ((s[kIndex] = V::add(s[kIndex], e[kIndex].squared(x))), ...);
+        ((s[kIndex] = V::add(s[kIndex], weighed(e[kIndex].squared(x), i))), ...);
       }
       ((sums[kIndex] = s[kIndex]), ...);
     }
@@ -132,59 +147,48 @@ struct Search {
       }
       return V::load(scales);
     }
-    // Scale and minimum by least squares, for the codes on `range`.
-    Found<V> refit(const Found<V>& range) const {
-      const E errors(range, spec.grid);
-      F q1 = V::set1(0.0f), q2 = q1, x1 = q1, qx = q1;
-      for (int64_t i = 0; i < n; ++i) {
-        const F x = V::sub(rows[i], range.offset);
-        const F q = errors.code(x);
-        q1 = V::add(q1, q);
-        q2 = V::add(q2, V::mul(q, q));
-        x1 = V::add(x1, x);
-        qx = V::add(qx, V::mul(q, x));
-      }
-      const F count = V::set1(static_cast<float>(n));
-      const F scale = V::div(V::sub(V::mul(count, qx), V::mul(q1, x1)), V::sub(V::mul(count, q2), V::mul(q1, q1)));
-      const F shift = V::div(V::sub(x1, V::mul(scale, q1)), count);
-      return {Range<V>::stored(scale, spec.storage), Range<V>::stored(V::add(range.offset, shift), spec.storage)};
-    }
   };
 
   // A block across lanes: value i goes to lane i % 16; lanes are added as a tree every 4096 values, in fp64.
   // All lanes of what it returns are alike.
-  template <class E, class T>
+  template <class E, class T, bool kHasWeights>
   struct Long {
     using Error = E;
     static constexpr bool kInLanes = false;
+    static constexpr bool kWeighted = kHasWeights;
     const T* x;
+    const float* weights;
     int64_t n;
     RangeSpec spec;
 
+    // use(values, where they begin, which vector of the 16, valid lanes)
     template <class Use>
-    void each(int64_t start, int64_t end, Use use) const {  // use(values, which vector of the 16, valid lanes)
+    void each(int64_t start, int64_t end, Use use) const {
       int64_t i = start;
       for (; i + 16 <= end; i += 16) {
-        for (int64_t k = 0; k < 16 / W; ++k) use(V::load(x + i + k * W), k, W);
+        for (int64_t k = 0; k < 16 / W; ++k) use(V::load(x + i + k * W), i + k * W, k, W);
       }
       for (int64_t k = 0; i < end; i += W, ++k) {
         const int64_t valid = end - i < W ? end - i : W;
-        use(valid == W ? V::load(x + i) : load_part<V>(x + i, valid), k, valid);
+        use(valid == W ? V::load(x + i) : load_part<V>(x + i, valid), i, k, valid);
       }
     }
     template <int kCount>
     void errors(const Found<V>* ranges, F* sums) const {
       for (int i = 0; i < kCount; ++i) sums[i] = error(ranges[i]);
     }
-    F error(const Found<V>& range) const {
-      const E errors(range, spec.grid);
+    template <class Term>
+    F sum(Term term) const {
       double total = 0.0;
       for (int64_t start = 0; start < n; start += 4096) {
         F sums[16 / W];
         for (F& sum : sums) sum = V::set1(0.0f);
-        each(start, start + 4096 < n ? start + 4096 : n, [&](F v, int64_t k, int64_t valid) {
-          const F squared = errors.squared(v);
-          sums[k] = V::add(sums[k], valid == W ? squared : V::first_lanes(squared, valid));
+        each(start, start + 4096 < n ? start + 4096 : n, [&](F v, int64_t at, int64_t k, int64_t valid) {
+          F value = term(v);
+          if constexpr (kWeighted) {
+            value = V::mul(value, valid == W ? V::load(weights + at) : load_part<V>(weights + at, valid));
+          }
+          sums[k] = V::add(sums[k], valid == W ? value : V::first_lanes(value, valid));
         });
         float lanes[16];
         for (int64_t k = 0; k < 16 / W; ++k) V::store(lanes + k * W, sums[k]);
@@ -195,11 +199,15 @@ struct Search {
       }
       return V::set1(static_cast<float>(total));
     }
+    F error(const Found<V>& range) const {
+      const E errors(range, spec.grid);
+      return sum([&](F v) { return errors.squared(v); });
+    }
     void scan(F& lo, F& hi, F& poison) const {
       lo = V::set1(std::numeric_limits<float>::infinity());
       hi = V::set1(-std::numeric_limits<float>::infinity());
       poison = V::set1(0.0f);
-      each(0, n, [&](F v, int64_t, int64_t) {
+      each(0, n, [&](F v, int64_t, int64_t, int64_t) {
         lo = V::min(v, lo);
         hi = V::max(v, hi);
         poison = V::add(poison, V::mul(v, V::set1(0.0f)));
@@ -225,7 +233,7 @@ struct Search {
       V::store(errors, error);
       std::vector<Value> values(static_cast<size_t>((n + 15) / 16 * 16));
       int64_t at = 0;
-      each(0, n, [&](F v, int64_t, int64_t) {
+      each(0, n, [&](F v, int64_t, int64_t, int64_t) {
         V::store(&values[static_cast<size_t>(at)].v, v);
         at += W;
       });
@@ -234,6 +242,30 @@ struct Search {
       return V::set1(static_cast<float>(sweep_block(n, value, lows[0], highs[0], errors[0], memory)));
     }
   };
+
+  // Scale and minimum by least squares, for the codes on `range`.
+  template <class Block>
+  static Found<V> refit(const Block& block, const Found<V>& range) {
+    using E = typename Block::Error;
+    const E errors(range, block.spec.grid);
+    const Storage type = block.spec.storage;
+    if constexpr (!E::kMinimum) {  // s' / s, for the values y = s q
+      const F yx = block.sum([&](F x) { return V::mul(errors.decoded(x), x); });
+      const F yy = block.sum([&](F x) { return V::mul(errors.decoded(x), errors.decoded(x)); });
+      return {Range<V>::stored(V::mul(range.scale, V::div(yx, yy)), type), range.offset};
+    } else {
+      const auto shifted = [&](F x) { return V::sub(x, range.offset); };
+      const auto code = [&](F x) { return errors.code(shifted(x)); };
+      const F count = block.sum([&](F) { return V::set1(1.0f); });
+      const F q1 = block.sum([&](F x) { return code(x); });
+      const F q2 = block.sum([&](F x) { return V::mul(code(x), code(x)); });
+      const F x1 = block.sum([&](F x) { return shifted(x); });
+      const F qx = block.sum([&](F x) { return V::mul(code(x), shifted(x)); });
+      const F scale = V::div(V::sub(V::mul(count, qx), V::mul(q1, x1)), V::sub(V::mul(count, q2), V::mul(q1, q1)));
+      const F shift = V::div(V::sub(x1, V::mul(scale, q1)), count);
+      return {Range<V>::stored(scale, type), Range<V>::stored(V::add(range.offset, shift), type)};
+    }
+  }
 
   // Ranges to try, some at a time, in the order in which they come. A range that makes more of the smallest and the
   // largest value alone than the best range so far of all values, in every lane, is passed over: a sum of squares is
@@ -247,9 +279,11 @@ struct Search {
     Trials& operator=(const Trials&) = delete;
 
     void add(const Found<V>& range, F ratio, F side) {
-      const typename Block::Error errors(range, block_.spec.grid);
-      const F ends = V::max(errors.squared(lo_), errors.squared(hi_));
-      if (!V::any(V::less(ends, best_.error))) return;
+      if constexpr (!Block::kWeighted) {
+        const typename Block::Error errors(range, block_.spec.grid);
+        const F ends = V::max(errors.squared(lo_), errors.squared(hi_));
+        if (!V::any(V::less(ends, best_.error))) return;
+      }
       ranges_[count_] = range;
       ratios_[count_] = ratio;
       sides_[count_] = side;
@@ -394,7 +428,7 @@ struct Search {
     best.error = lowered(best.error, block.n);
     if constexpr (Block::kInLanes) {
       if (spec.rule == Rule::minimum) {
-        for (int i = 0; i < 3; ++i) take_if_better(block, block.refit(best.range), best.ratio, best.side, best);
+        for (int i = 0; i < 3; ++i) take_if_better(block, refit(block, best.range), best.ratio, best.side, best);
         return;
       }
       const float codes = spec.rule == Rule::zero_point ? grid.qmax - grid.qmin : reach(grid);
@@ -424,20 +458,23 @@ struct Search {
     F lo, hi, poison;
     block.scan(lo, hi, poison);
     Best best = grid(block, lo, hi);
-    if constexpr (Block::Error::kInteger) {
+    if constexpr (Block::kWeighted) {
+      for (int i = 0; i < 3; ++i) take_if_better(block, refit(block, best.range), best.ratio, best.side, best);
+    } else if constexpr (Block::Error::kInteger) {
       if (exact) refine(block, lo, hi, best);
     }
     const F nan = V::set1(std::numeric_limits<float>::quiet_NaN());
     return {V::select(V::less_equal(poison, V::set1(0.0f)), best.range.scale, nan), best.range.offset};
   }
 
-  // Value i of `count` blocks of n values, into rows[i]; lanes beyond repeat the last block.
-  template <class T>
-  static void spread(const T* x, int64_t n, int64_t count, F* rows) {
+  // Value i of `count` blocks of n values, into rows[i]; block j begins at begin(j). Lanes beyond repeat the last
+  // block.
+  template <class Begin>
+  static void spread(Begin begin, int64_t n, int64_t count, F* rows) {
     for (int64_t i = 0; i < n; i += W) {
       F v[W];
       for (int64_t j = 0; j < W; ++j) {
-        const T* p = x + (j < count ? j : count - 1) * n + i;
+        const auto* p = begin(j < count ? j : count - 1) + i;
         v[j] = i + W <= n ? V::load(p) : load_part<V>(p, n - i);
       }
       V::transpose(v);
@@ -445,12 +482,20 @@ struct Search {
     }
   }
 
-  template <class E, class T>
-  static void solve_blocks(const T* x, Layout l, const RangeSpec& spec, bool exact, float* scale, float* offset) {
-    if (l.block > kLaneBlock) {
+  // Of weights, one per column of a row, those of the block that begins at value `start`.
+  static const float* weights_of(const Weights& weights, int64_t start) {
+    return weights.columns ? weights.values + start % weights.columns : nullptr;
+  }
+
+  template <bool kWeighted, class E, class T>
+  static void solve_blocks(const T* x, Layout l, const RangeSpec& spec, bool exact, const Weights& weights,
+                           float* scale, float* offset) {
+    const int64_t n = l.block;
+    if (n > kLaneBlock) {
       for (int64_t b = 0; b < l.blocks; ++b) {
         float s[W], o[W];
-        const Found<V> found = solve(Long<E, T>{x + b * l.block, l.block, spec}, exact);
+        const Long<E, T, kWeighted> block{x + b * n, weights_of(weights, weights.first + b * n), n, spec};
+        const Found<V> found = solve(block, exact);
         V::store(s, found.scale);
         V::store(o, found.offset);
         scale[b] = s[0];
@@ -459,10 +504,14 @@ struct Search {
       return;
     }
     F rows[kLaneBlock];
+    F weight_rows[kWeighted ? kLaneBlock : 1];
     for (int64_t b = 0; b < l.blocks; b += W) {
       const int64_t count = l.blocks - b < W ? l.blocks - b : W;
-      spread(x + b * l.block, l.block, count, rows);
-      const Found<V> found = solve(Short<E>{rows, l.block, count, spec}, exact);
+      spread([&](int64_t j) { return x + (b + j) * n; }, n, count, rows);
+      if constexpr (kWeighted) {
+        spread([&](int64_t j) { return weights_of(weights, weights.first + (b + j) * n); }, n, count, weight_rows);
+      }
+      const Found<V> found = solve(Short<E, kWeighted>{rows, weight_rows, n, count, spec}, exact);
       float s[W], o[W];
       V::store(s, found.scale);
       V::store(o, found.offset);
@@ -473,25 +522,35 @@ struct Search {
     }
   }
 
-  template <bool kExact>
-  static void search(const void* x, Layout l, RangeSpec spec, float* scale, float* offset) {
+  template <bool kWeighted>
+  static void run(const void* x, Layout l, RangeSpec spec, bool exact, Weights weights, float* scale, float* offset) {
     auto with_type = [&](auto t) {
       const auto* in = static_cast<const decltype(t)*>(x);
-      if (spec.grid.format == Format::table) {
-        return solve_blocks<CodecErrors<TableCodec<V, 4>>>(in, l, spec, false, scale, offset);
-      }
-      if (spec.grid.format != Format::integer) {
-        return solve_blocks<CodecErrors<MinifloatCodec<V>>>(in, l, spec, false, scale, offset);
-      }
-      if (spec.rule == Rule::minimum) return solve_blocks<Errors<Offset::minimum>>(in, l, spec, kExact, scale, offset);
-      return solve_blocks<Errors<Offset::zero_point>>(in, l, spec, kExact, scale, offset);
+      const auto solve_with = [&](auto errors) {
+        using E = typename decltype(errors)::type;
+        solve_blocks<kWeighted, E>(in, l, spec, exact && E::kInteger, weights, scale, offset);
+      };
+      if (spec.grid.format == Format::table) return solve_with(Of<CodecErrors<TableCodec<V, 4>>>{});
+      if (spec.grid.format != Format::integer) return solve_with(Of<CodecErrors<MinifloatCodec<V>>>{});
+      if (spec.rule == Rule::minimum) return solve_with(Of<Errors<Offset::minimum>>{});
+      return solve_with(Of<Errors<Offset::zero_point>>{});
     };
     if (l.dtype == Dtype::f32) return with_type(float{});
     if (l.dtype == Dtype::bf16) return with_type(bf16{});
     return with_type(f16{});
   }
+  template <class E>
+  struct Of {
+    using type = E;
+  };
 
-  static constexpr SearchKernels table = {.grid = search<false>, .exact = search<true>};
+  static void search(const void* x, Layout l, RangeSpec spec, bool exact, Weights weights, float* scale,
+                     float* offset) {
+    return weights.columns ? run<true>(x, l, spec, false, weights, scale, offset)
+                           : run<false>(x, l, spec, exact, weights, scale, offset);
+  }
+
+  static constexpr SearchKernels table = {.search = search};
 };
 
 }  // namespace

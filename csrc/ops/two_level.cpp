@@ -1,5 +1,6 @@
 // Fake-quantize with scales in two levels, found and used while their values are in cache.
 #include "core/two_level.h"
+#include "core/two_level_search.h"
 
 #include <algorithm>
 
@@ -11,6 +12,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phiquant, m) {
   m.def(
       "fake_quantize_two_level_out(Tensor x, int block, int qmin, int qmax, int rule, int format, int subs, int "
       "sub_qmin, int sub_qmax, int sub_rule, int sub_format, int storage, Tensor? super_scale, Tensor(a!) out) -> ()");
+  // Scales and minimums (codes as float32, one per block) and those of super-blocks, made better in place.
+  m.def(
+      "refine_two_level(Tensor x, Tensor weights, int block, int qmin, int qmax, int rule, int format, Tensor? levels, "
+      "int sub_qmin, int sub_qmax, int storage, int rounds, Tensor(a!) scales, Tensor(b!) super_scales, "
+      "Tensor(c!)? minimums, Tensor(d!)? super_minimums) -> ()");
 }
 
 namespace phiquant {
@@ -53,9 +59,47 @@ void fake_quantize_two_level_out(const Tensor& x, int64_t block, int64_t qmin, i
                               });
 }
 
+float* values_of(const std::optional<Tensor>& t, int64_t expected, const char* name) {
+  if (!t) return nullptr;
+  check_float32(*t, name);
+  check(t->numel() == expected, std::string(name) + " must have " + std::to_string(expected) + " values");
+  return static_cast<float*>(t->mutable_data_ptr());
+}
+
+void refine_two_level(const Tensor& x, const Tensor& weights, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
+                      int64_t format, const std::optional<Tensor>& levels, int64_t sub_qmin, int64_t sub_qmax,
+                      int64_t storage, int64_t rounds, Tensor scales, Tensor super_scales,
+                      std::optional<Tensor> minimums, std::optional<Tensor> super_minimums) {
+  const Layout l = layout_of(x, block);
+  const int64_t supers = super_scales.numel();
+  check(supers > 0 && l.blocks % supers == 0, "blocks must be whole super-blocks");
+  check(block <= 4096, "a block of more than 4096 values is not refined");
+  check(minimums.has_value() == super_minimums.has_value(), "minimums come with their super-block scales");
+  check_float32(weights, "weights");
+  const int64_t subs = l.blocks / supers;
+  check(weights.numel() % (subs * block) == 0 && weights.numel() > 0, "weights come in whole super-blocks");
+  const TwoLevelGrid grid{range_spec_of(qmin, qmax, rule, 0, format, levels), static_cast<float>(sub_qmin),
+                          static_cast<float>(sub_qmax), static_cast<Storage>(storage), subs};
+  const TwoLevelParams all{values_of(scales, l.blocks, "scales"), values_of(minimums, l.blocks, "minimums"),
+                           values_of(super_scales, supers, "super_scales"),
+                           values_of(super_minimums, supers, "super_minimums")};
+  const auto* w = static_cast<const float*>(weights.const_data_ptr());
+  const void* in = x.const_data_ptr();
+  const int64_t length = subs * block;
+  torch::stable::parallel_for(0, supers, std::max<int64_t>(1, kGrain / 64 / length), [&](int64_t begin, int64_t end) {
+    const auto from = [&](float* p, int64_t step) { return p ? p + begin * step : nullptr; };
+    const TwoLevelParams part{from(all.scales, subs), from(all.minimums, subs), from(all.super_scales, 1),
+                              from(all.super_minimums, 1)};
+    const Layout some{l.dtype, (end - begin) * subs, block};
+    two_level_search_kernels().refine(shift(in, begin * length, l.dtype), some, grid,
+                                      {w, weights.numel(), begin * length}, static_cast<int>(rounds), part);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(phiquant, CPU, m) {
+  m.impl("refine_two_level", TORCH_BOX(&refine_two_level));
   m.impl("fake_quantize_two_level_out", TORCH_BOX(&fake_quantize_two_level_out));
 }
 

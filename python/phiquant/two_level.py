@@ -40,8 +40,11 @@ def values(codes: Tensor, super_scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Parameters:
+def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False, weights: Tensor | None = None) -> Parameters:
     """The parameters of x on its min-max ranges (`mse`: on the ranges of least squared error).
+
+    weights: float32 [K], with mse: how much an error in each column of x [N, K] counts; then the parameters as stored
+    are moved to where the weighed error is least.
 
     grid: the keyword arguments of `ops.choose_range` for the spec's element and rule, scales in float32.
     With a minimum, a block's range is widened to hold 0, and its scale follows from the minimum as
@@ -50,11 +53,11 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Paramet
     shape = tuple(x.shape)
     blocks, supers = spec.scale_shape(shape), spec.super_shape(shape)
     if spec.offset == "none":
-        scale, _, _ = (ops.search_range if mse else ops.choose_range)(x, blocks, **grid)
-        return Parameters(*_quantize(scale, supers, spec))
+        scale, _, _ = _ranges(x, blocks, grid, mse, weights)
+        return _refined(Parameters(*_quantize(scale, supers, spec)), x, spec, grid, weights)
     steps = spec.element.qmax
     if mse:
-        scale, _, low = ops.search_range(x, blocks, **grid)
+        scale, _, low = _ranges(x, blocks, grid, mse, weights)
         assert low is not None
         high = low + steps * scale
     else:
@@ -62,7 +65,33 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False) -> Paramet
     minimums, super_minimums = _quantize(-low.clamp(max=0), supers, spec)
     low = -values(minimums, super_minimums)
     scales, super_scales = _quantize(((high - low) / steps).clamp(min=0), supers, spec)
-    return Parameters(scales, super_scales, minimums, super_minimums)
+    return _refined(Parameters(scales, super_scales, minimums, super_minimums), x, spec, grid, weights)
+
+
+def _ranges(
+    x: Tensor, blocks: Shape, grid: dict, mse: bool, weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return ops.search_range(x, blocks, **grid, weights=weights) if mse else ops.choose_range(x, blocks, **grid)
+
+
+def _refined(found: Parameters, x: Tensor, spec: QuantSpec, grid: dict, weights: Tensor | None) -> Parameters:
+    """The same parameters, or better ones; only integer codes of scales have codes next to them."""
+    assert spec.two_level is not None
+    if weights is None or spec.two_level.is_float or not x.numel():
+        return found
+    parts = [None if part is None else part.float().cpu().contiguous() for part in found]
+    known = {name: value for name, value in grid.items() if name not in ("rule", "scale_dtype")}
+    ops.refine_two_level(
+        x.cpu().contiguous(),
+        weights.float().cpu().contiguous(),
+        *parts,
+        **known,
+        rule=grid["rule"],
+        sub_qmin=spec.two_level.qmin,
+        sub_qmax=spec.two_level.qmax,
+        scale_dtype=getattr(torch, spec.scale_dtype),
+    )
+    return Parameters(*(None if old is None else new.to(old) for old, new in zip(found, parts, strict=True)))
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, grid: dict, out: Tensor | None = None) -> Tensor:

@@ -169,9 +169,9 @@ TEST_P(ElementLevels, SearchEqualsReference) {
     std::vector<float> found(2 * kBlocks), found_ref(2 * kBlocks);
     {
       const LevelGuard guard(level);
-      search_kernels().grid(x.data(), layout, spec, found.data(), found.data() + kBlocks);
+      search_kernels().search(x.data(), layout, spec, false, {}, found.data(), found.data() + kBlocks);
     }
-    search_ref.grid(x.data(), layout, spec, found_ref.data(), found_ref.data() + kBlocks);
+    search_ref.search(x.data(), layout, spec, false, {}, found_ref.data(), found_ref.data() + kBlocks);
     for (size_t i = 0; i < found.size(); ++i) {
       EXPECT_TRUE(found[i] == found_ref[i] || (std::isnan(found[i]) && std::isnan(found_ref[i])));
     }

@@ -36,18 +36,39 @@ TEST(Search, EveryLevelGivesTheSameBits) {
           for (const bool exact : {false, true}) {
             const Layout layout{dtype, blocks, block};
             std::vector<float> expected(static_cast<size_t>(2 * blocks)), found(expected.size());
-            (exact ? search_ref.exact : search_ref.grid)(x.data(), layout, spec, expected.data(),
-                                                         expected.data() + blocks);
+            search_ref.search(x.data(), layout, spec, exact, {}, expected.data(), expected.data() + blocks);
             for (const Level level : available_levels()) {
               const LevelGuard guard(level);
-              const SearchKernels& kernels = search_kernels();
-              (exact ? kernels.exact : kernels.grid)(x.data(), layout, spec, found.data(), found.data() + blocks);
+              search_kernels().search(x.data(), layout, spec, exact, {}, found.data(), found.data() + blocks);
               ASSERT_EQ(0, std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)))
                   << level_name(level) << " block " << block << " bits " << bits << " rule " << static_cast<int>(rule)
                   << " exact " << exact;
             }
           }
         }
+      }
+    }
+  }
+}
+
+TEST(Search, EveryLevelGivesTheSameBitsWithWeights) {
+  for (const int64_t block : {1, 8, 17, 32, 256, 257}) {
+    const int64_t blocks = 18, columns = 3 * block;
+    const std::vector<float> x = awkward(blocks * block, static_cast<uint32_t>(block));
+    std::vector<float> weights = gaussian(columns, 5);
+    for (float& weight : weights) weight *= weight;
+    weights[0] = 0.0f;
+    const Layout layout{Dtype::f32, blocks, block};
+    for (const Rule rule : kRules) {
+      const RangeSpec spec = spec_of(rule, 3, Storage::f16);
+      std::vector<float> expected(static_cast<size_t>(2 * blocks)), found(expected.size());
+      const Weights w{weights.data(), columns, 2 * block};
+      search_ref.search(x.data(), layout, spec, false, w, expected.data(), expected.data() + blocks);
+      for (const Level level : available_levels()) {
+        const LevelGuard guard(level);
+        search_kernels().search(x.data(), layout, spec, false, w, found.data(), found.data() + blocks);
+        ASSERT_EQ(0, std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)))
+            << level_name(level) << " block " << block << " rule " << static_cast<int>(rule);
       }
     }
   }
@@ -66,8 +87,7 @@ Params choose(const std::vector<float>& x, RangeSpec spec, const char* how) {
   const Layout layout{Dtype::f32, 1, static_cast<int64_t>(x.size())};
   Params p{};
   if (how[0] == 'm') affine_ref.choose_range(x.data(), layout, spec, &p.scale, &p.offset);
-  if (how[0] == 'g') search_ref.grid(x.data(), layout, spec, &p.scale, &p.offset);
-  if (how[0] == 'e') search_ref.exact(x.data(), layout, spec, &p.scale, &p.offset);
+  if (how[0] != 'm') search_ref.search(x.data(), layout, spec, how[0] == 'e', {}, &p.scale, &p.offset);
   return p;
 }
 

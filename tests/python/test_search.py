@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phiquant import _C, ops, quantize_tensor
+from phiquant import _C, ops, quantize_tensor, spec
+from phiquant.observers import range_arguments
 from torch import Tensor
 
 INT4 = {"qmin": -8, "qmax": 7}
@@ -124,3 +125,57 @@ def test_a_block_too_long_to_sweep_is_refined() -> None:
     grid, _, _ = ops.search_range(x, (1, 1), **limits)
     exact, _, _ = ops.search_range(x, (1, 1), **limits, exact=True)
     assert errors(x, exact, qmin=-128, qmax=127) <= errors(x, grid, qmin=-128, qmax=127)
+
+
+def weighed(x: Tensor, y: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Weighed squared error of each block, float64."""
+    return ((y - x).double().square() * weights.double()).reshape(-1, size).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "slack"),
+    [("int4-g32-sym", 0.06), ("int3-g16-signmax", 0.06), ("uint4-g32-min", 0.35), ("uint3-g64-asym", 0.25),
+     ("fp4_e2m1-g32-sym", 0.3), ("nf4-g32-sym", 0.3), ("int4-channel-sym", 0.06)],
+)  # fmt: skip
+def test_weights_say_whose_error_counts(text: str, slack: float) -> None:
+    """Below min-max and below the unweighed search; near the best of 4000 scales (of the same offset)."""
+    x = gaussian(8, 320, seed=2)
+    weights = gaussian(320, seed=3).square() + 0.01
+    wanted = spec(text)
+    arguments, shape = range_arguments(wanted), wanted.scale_shape(tuple(x.shape))
+    size = x.numel() // (shape[0] * shape[1])
+    known = {name: value for name, value in arguments.items() if name not in ("rule", "scale_dtype")}
+
+    def error(scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None) -> Tensor:
+        return weighed(x, ops.fake_quantize(x, scale, zero_point, minimum, **known), weights, size)
+
+    found = ops.search_range(x, shape, **arguments, weights=weights)
+    ours, blind = error(*found), error(*ops.search_range(x, shape, **arguments))
+    assert (ours <= error(*ops.choose_range(x, shape, **arguments)) * (1 + 1e-5)).all()
+    assert ours.sum() < blind.sum()
+    dense = torch.stack([error(found[0] * f, *found[1:]) for f in torch.linspace(0.6, 1.6, 4000)]).amin(0)
+    assert ours.sum() <= dense.sum() * (1 + slack)
+
+
+def test_weights_repeat_row_by_row_and_must_fit() -> None:
+    x, weights = gaussian(6, 64, seed=4), torch.rand(64)
+    arguments = {**INT4, "rule": "absmax"}
+    whole, _, _ = ops.search_range(x, (6, 2), **arguments, weights=weights)
+    parts = [ops.search_range(row[None], (1, 2), **arguments, weights=weights)[0] for row in x]
+    assert torch.equal(whole, torch.cat(parts))
+    one, _, _ = ops.search_range(x, (1, 1), **arguments, weights=torch.ones(64))
+    assert one.shape == (1, 1)
+    with pytest.raises(ValueError, match="one per column"):
+        ops.search_range(x, (6, 2), **arguments, weights=weights[:32])
+    with pytest.raises(ValueError, match="exact=False"):
+        ops.search_range(x, (6, 2), **arguments, weights=weights, exact=True)
+
+
+def test_only_the_weighed_columns_count() -> None:
+    """With all weight on values that lie on a grid, that grid is found, whatever the others are."""
+    x = gaussian(1, 64, seed=5) * 3
+    on = torch.arange(64) % 4 == 0
+    x[0, on] = 0.5 * torch.arange(-8, 8).float()
+    scale, _, _ = ops.search_range(x, (1, 1), **INT4, rule="signed_absmax", weights=on.float())
+    y = ops.fake_quantize(x, scale, **INT4)
+    assert torch.allclose(y[0, on], x[0, on], atol=1e-5)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phiquant import _C
+from phiquant import _C, ops, two_level
+from phiquant.fake_quant import encode_two_level
 from phiquant.modules import StoredCodes
-from phiquant.spec import NAMED, Float, Int, PerChannel, PerGroup, QuantSpec, TwoLevel
+from phiquant.observers import range_arguments
+from phiquant.spec import NAMED, Float, Int, PerChannel, PerGroup, QuantSpec, TwoLevel, spec
 from torch import Tensor
 
 K_QUANTS = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
@@ -325,3 +327,77 @@ def test_blocks_far_below_the_largest_become_zeros() -> None:
     w[0, :32] = 1000.0
     assert not pq.fake_quantize(w, "int4-g32-sym-f16-uint6/256")[0, 32:].any()
     assert pq.fake_quantize(w, "int4-g32-sym-e4m3/tensor")[0, 32:].all()
+
+
+def weighed_error(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of each super-block of 256, float64."""
+    return ((y - x).double().square() * weights.double()).reshape(-1, 256).sum(1)
+
+
+@pytest.mark.parametrize("text", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_lower_the_weighed_error(text: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(16, 512, generator=generator).to(dtype)
+    weights = torch.randn(512, generator=generator).square() + 0.01
+    blind, found = (encode_two_level(x, spec(text), mse=True, weights=w) for w in (None, weights))
+    before, after = (weighed_error(x.float(), q.dequantize(), weights) for q in (blind, found))
+    assert after.sum() < 0.9 * before.sum()
+
+
+@pytest.mark.parametrize(
+    "text", ["q2_k", "q4_k", "q6_k", "nf4-g32-sym-f16-uint6/256", "fp4_e2m1-g32-sym-bf16-uint4/256"]
+)
+def test_refining_never_makes_a_super_block_worse(text: str) -> None:
+    """From parameters that are not good, by one and two rounds, at every CPU level with the same bits."""
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(6, 512, generator=generator), torch.rand(512, generator=generator)
+    wanted = spec(text)
+    grid = range_arguments(wanted)
+    known = {name: value for name, value in grid.items() if name not in ("rule", "scale_dtype")}
+    start = two_level.choose(x, wanted, grid)
+
+    def error(parameters: two_level.Parameters) -> torch.Tensor:
+        scale, minimum = parameters.block_values()
+        return weighed_error(x, ops.fake_quantize(x, scale, None, minimum, **known), weights)
+
+    results = []
+    for level in _C.build_info()["cpu_levels"]:
+        before = _C.cpu_level()
+        _C.set_cpu_level(level)
+        try:
+            results.append(two_level._refined(start, x, wanted, grid, weights))
+        finally:
+            _C.set_cpu_level(before)
+    for one in results:
+        pairs = zip(one, results[0], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+    assert (error(results[0]) <= error(start) * (1 + 1e-5)).all()
+    assert error(results[0]).sum() < error(start).sum()
+
+
+def test_refining_finds_the_only_exact_parameters() -> None:
+    """Values on a grid: from codes one off, the codes of that grid come back, with no error left."""
+    generator = torch.Generator().manual_seed(3)
+    codes, scales = (
+        torch.randint(-4, 4, (1, 16, 16), generator=generator),
+        torch.randint(5, 20, (1, 16), generator=generator),
+    )
+    codes[..., 0] = -4
+    x = (codes * scales[..., None] * 0.125).reshape(1, 256)
+    found, super_scales = (scales + 1).float(), torch.full((1, 1), 0.125)
+    named = {"qmin": -4, "qmax": 3, "rule": "signed_absmax", "sub_qmin": -32, "sub_qmax": 31}
+    ops.refine_two_level(x, torch.ones(256), found, super_scales, **named, scale_dtype=torch.float16)
+    assert torch.equal(found, scales.float())
+    assert super_scales.item() == 0.125
+
+
+def test_refine_is_an_operation_as_torch_wants_it() -> None:
+    x, scales, supers = torch.randn(2, 256), torch.full((2, 16), 3.0), torch.full((2, 1), 0.1)
+    arguments = (x, torch.ones(256), 16, -4, 3, 1, 0, None, -32, 31, 1, 1, scales, supers, None, None)
+    torch.library.opcheck(torch.ops.phiquant.refine_two_level.default, arguments)
+    with pytest.raises(ValueError, match="whole super-blocks"):
+        ops.refine_two_level(
+            x, torch.ones(100), scales, supers, qmin=-4, qmax=3, rule="signed_absmax", sub_qmin=-32, sub_qmax=31,
+            scale_dtype=torch.float16,
+        )  # fmt: skip

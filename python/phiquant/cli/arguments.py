@@ -40,7 +40,7 @@ SolverOption = Annotated[
     str,
     typer.Option(
         help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all. gptq, "
-        "gptq_mse: codes that keep the output on a text, on the grid of rtn or mse. adaround: so by rounding up or down."
+        "gptq_mse, adaround: codes that keep the output on a text, on the grid of rtn, of mse, of mse."
     ),
 ]
 RecipeOption = Annotated[

@@ -51,7 +51,7 @@ from .kmeans import (  # noqa: E402
 )
 from .learned import learned_fake_quantize  # noqa: E402
 from .search import search_range  # noqa: E402
-from .two_level import fake_quantize_two_level_out  # noqa: E402
+from .two_level import fake_quantize_two_level_out, refine_two_level  # noqa: E402
 
 __all__ = [
     "FORMATS",
@@ -94,6 +94,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_multiplier",
     "range_from_min_max",
+    "refine_two_level",
     "requantize",
     "search_range",
     "unpack_bits",

@@ -28,12 +28,21 @@ def _data_free(solver: Callable[[Tensor, QuantSpec], QuantizedTensor]) -> Solver
 
 def _kmeans(w: Tensor, spec: QuantSpec, statistics: Statistics | None) -> QuantizedTensor:
     """With statistics, values count by what their errors do to the output."""
-    return kmeans(w, spec, weights=None if statistics is None else statistics.hessian.diagonal().float().to(w.device))
+    return kmeans(w, spec, weights=_weights(w, statistics))
+
+
+def _mse(w: Tensor, spec: QuantSpec, statistics: Statistics | None) -> QuantizedTensor:
+    """With statistics, as for k-means: what llama.cpp does with an importance matrix."""
+    return mse(w, spec, weights=_weights(w, statistics))
+
+
+def _weights(w: Tensor, statistics: Statistics | None) -> Tensor | None:
+    return None if statistics is None else (statistics.hessian.diagonal() / statistics.tokens).float().to(w.device)
 
 
 SOLVERS: dict[str, Solver] = {
     "rtn": _data_free(rtn),
-    "mse": _data_free(mse),
+    "mse": _mse,
     "mse_exact": _data_free(mse_exact),
     "percentile": _data_free(percentile),
     "kl": _data_free(kl),
@@ -59,8 +68,8 @@ def quantize_tensor(
     solver: "rtn" (min-max range, nearest code), "mse" (the best of some ranges in squared error), "mse_exact" (of
     all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "kmeans" (the
     levels of a Codebook); with `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse" (docs/methods.md).
-    Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite (with its
-    index), an unknown solver, one that lacks its statistics, or a group size that does not divide.
+    Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
+    (with its index), an unknown solver, one that lacks its statistics, or a group size that does not divide.
     """
     spec = read_spec(spec)
     if solver not in SOLVERS:

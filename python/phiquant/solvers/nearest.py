@@ -19,14 +19,16 @@ def rtn(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return encode_dynamic(w, spec)
 
 
-def mse(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
+def mse(w: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> QuantizedTensor:
     """As `rtn`, on the best of some shrunken ranges in the block's squared error; never worse in that error.
+
+    weights: float32 [K]; how much an error in each column of w [..., K] counts, such as the mean square of its input.
 
     For floats and NF4 as for integers. Ternary gets its scale of least squared error.
 
     Where scales are stored in two levels, the range is the best one before its scale is rounded to its code.
     """
-    return _searched(w, spec, exact=False)
+    return _searched(w, spec, exact=False, weights=weights)
 
 
 def mse_exact(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
@@ -37,13 +39,15 @@ def mse_exact(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return _searched(w, spec, exact=True)
 
 
-def _searched(w: Tensor, spec: QuantSpec, exact: bool) -> QuantizedTensor:
+def _searched(w: Tensor, spec: QuantSpec, exact: bool, weights: Tensor | None = None) -> QuantizedTensor:
     if spec.two_level is not None:
-        return encode_two_level(w, spec, mse=True)
+        return encode_two_level(w, spec, mse=True, weights=weights)
     if isinstance(spec.element, Binary | FixedPoint):
         return encode_dynamic(w, spec)  # mean|w| is the scale of least squared error; a fixed step leaves no choice
     arguments = range_arguments(spec)
     if isinstance(spec.element, Ternary):  # the integers -1..1, whatever the rule of the scale would be
-        arguments["rule"], exact = "absmax", True
-    scale, zero_point, minimum = ops.search_range(w, spec.scale_shape(tuple(w.shape)), **arguments, exact=exact)
+        arguments["rule"], exact = "absmax", weights is None
+    scale, zero_point, minimum = ops.search_range(
+        w, spec.scale_shape(tuple(w.shape)), **arguments, exact=exact, weights=weights
+    )
     return encode(w, spec, scale, zero_point, minimum)
