@@ -7,7 +7,7 @@ that depends on it is rounded: super-block scale, block codes, and last the code
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def _refined(found: Parameters, x: Tensor, spec: QuantSpec, grid: dict, weights:
     assert spec.two_level is not None
     if weights is None or spec.two_level.is_float or not x.numel():
         return found
-    parts = [None if part is None else part.float().cpu().contiguous() for part in found]
+    parts: list[Any] = [None if part is None else part.float().cpu().contiguous() for part in found]
     known = {name: value for name, value in grid.items() if name not in ("rule", "scale_dtype")}
     ops.refine_two_level(
         x.cpu().contiguous(),
@@ -91,7 +91,8 @@ def _refined(found: Parameters, x: Tensor, spec: QuantSpec, grid: dict, weights:
         sub_qmax=spec.two_level.qmax,
         scale_dtype=getattr(torch, spec.scale_dtype),
     )
-    return Parameters(*(None if old is None else new.to(old) for old, new in zip(found, parts, strict=True)))
+    back: list[Any] = [None if new is None else new.to(old) for old, new in zip(found, parts, strict=True)]
+    return Parameters(*back)
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, grid: dict, out: Tensor | None = None) -> Tensor:

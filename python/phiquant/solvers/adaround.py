@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def adaround(
     step = max(1, _VALUES // max(1, w.shape[1]))
     for first in range(0, len(w), step):
         rows = slice(first, first + step)
-        grid = [None if part is None else _of_rows(part, rows, w) for part in (scale, zero_point, minimum)]
+        grid: list[Any] = [None if part is None else _of_rows(part, rows, w) for part in (scale, zero_point, minimum)]
         codes[rows] = _solve(w[rows].float(), nearest.codes[rows], spec, hessian, steps, *grid)
     return dataclasses.replace(nearest, codes=codes)
 
