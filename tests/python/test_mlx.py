@@ -264,7 +264,7 @@ def test_a_bias_beyond_float16_is_refused(tiny_model: Any, tokenizer: Any, tmp_p
         mlx.write(source, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4", "mixed"])
 def test_folders_of_mlx_lm_convert_are_read(
     tiny_model: Any, tokenizer: Any, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,8 +273,9 @@ def test_folders_of_mlx_lm_convert_are_read(
     tiny_model.save_pretrained(tmp_path / "hf")
     tokenizer.save_pretrained(tmp_path / "hf")
     edit_config(tmp_path / "hf")
-    size, bits = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}[mode]
-    convert(str(tmp_path / "hf"), str(tmp_path / "mlx"), quantize=True, q_group_size=size, q_bits=bits, q_mode=mode)
+    size, bits = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}.get(mode, (64, 4))
+    options = {"quant_predicate": "mixed_3_6"} if mode == "mixed" else {"q_mode": mode}
+    convert(str(tmp_path / "hf"), str(tmp_path / "mlx"), quantize=True, q_group_size=size, q_bits=bits, **options)
     stored = mlx_reader.read(tmp_path / "mlx")
     assert set(stored) == {name for name, _ in tiny_model.named_parameters()}
     assert set(safetensors_reader.read(tmp_path / "mlx")) == set(stored)  # told by config.json
@@ -284,7 +285,7 @@ def test_folders_of_mlx_lm_convert_are_read(
         if tensor.spec is not None:
             assert np.array_equal(tensor.quantized().dequantize().numpy(), expected)
             original = dict(tiny_model.named_parameters())[name].detach().numpy()
-            assert np.linalg.norm(expected - original) < 0.2 * np.linalg.norm(original)
+            assert np.linalg.norm(expected - original) < 0.3 * np.linalg.norm(original)
     capsys.readouterr()
 
 
