@@ -43,8 +43,8 @@ sanitize: $(VENV)/.tools
 	$(BIN)/cmake --build build/sanitize -j $(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
-# Coverage-guided fuzzing of what reads foreign bytes, FUZZ_SECONDS (30) a target; skipped where clang is not to be had.
-fuzz: $(VENV)/.tools
+# Fuzzing of what reads foreign bytes, FUZZ_SECONDS (30) a target: the readers, and guided by coverage the C++ (needs clang).
+fuzz: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" ./.ci/fuzz
 
 lint: $(VENV)/.dev

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -16,6 +15,7 @@ from .extras import need
 from .formats.detect import Found, detect
 from .load_exported import load_exported
 from .models import phi
+from .untrusted import naming, read_json
 
 EMBEDDED = "phi3-tiny"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -66,13 +66,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise PhiquantError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PhiquantError(f"{path} is not valid JSON ({error}); download the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise PhiquantError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    phi.check_architecture(config)
+    config = read_json(path)
+    with naming(path):
+        phi.check_architecture(config)
     return config
 
 
@@ -99,10 +95,8 @@ def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     names = {path.name for path in folder.glob("*.safetensors")}
     if index.is_file():
-        try:
-            listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise PhiquantError(f"{index} is not a safetensors index ({error}); download it again") from error
+        with naming(index):
+            listed = {str(name) for name in read_json(index)["weight_map"].values()}
         if missing := sorted(listed - names):
             raise PhiquantError(f"{folder} lacks the shard(s) {', '.join(missing)} named by its index; download them")
         names = listed

@@ -91,7 +91,7 @@ def test_an_index_that_names_the_wrong_shard(sharded: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000], ids=range(5))
 def test_an_index_that_is_none(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(PhiquantError, match="has no weight_map"):
+    with pytest.raises(PhiquantError, match=r"index.json (is damaged: it has no weight_map|is not|must)"):
         Checkpoint(sharded)
 
 

@@ -50,7 +50,7 @@ def test_a_truncated_file_is_named(folder):
 
 def test_a_broken_index_is_refused(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(PhiquantError, match="not a safetensors index"):
+    with pytest.raises(PhiquantError, match="damaged, or not what it seems"):
         pq.load(folder)
 
 

@@ -78,6 +78,8 @@ def digest(text: str, parts: dict[str, Tensor]) -> str:
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The parts of the file and the descriptions of its tensors, which fit together, and the digest both."""
+    if not path.is_file():  # a pipe would never end
+        raise PhiquantError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from typing import Any
 from ..errors import PhiquantError
 from ..spec import QuantSpec
 from ..spec import spec as read_spec
+from ..untrusted import read_json
 from . import receipt as receipts
 from .registry import FORMATS, Format, find
 from .stored import StoredTensor
@@ -125,7 +125,6 @@ def _is(format: Format, folder: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "config.json")
+    except PhiquantError:
         return {}
-    return data if isinstance(data, dict) else {}

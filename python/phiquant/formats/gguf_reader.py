@@ -17,6 +17,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..models import phi
 from ..spec import Int, QuantSpec, Ternary, spec
+from ..untrusted import reader
 from . import gguf_guard
 from .gguf_blocks import LAYOUTS, Block, decode
 from .gguf_hf_names import hf_name
@@ -133,6 +134,7 @@ def _holds(own: QuantSpec, spec: QuantSpec) -> bool:
     return levels[0] == levels[1] and (own.offset, own.scale_dtype) == (spec.offset, spec.scale_dtype)
 
 
+@reader
 def read(path: str | Path) -> dict[str, GGUFTensor]:
     """Every tensor by its Hugging Face name. PhiquantError for a file that is damaged or not a Phi-3's.
 
@@ -169,6 +171,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return gguf_guard.read_metadata(Path(path))
 
 
+@reader
 def read_config(path: str | Path) -> dict[str, Any]:
     """The config.json that the file's metadata stands for."""
     metadata, stored = read_metadata(path), read(path)

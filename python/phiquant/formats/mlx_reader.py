@@ -17,6 +17,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec, Ternary
 from ..spec import spec as read_spec
+from ..untrusted import reader
 from .fused_reader import fused
 from .stored import Parts, StoredTensor, once
 from .tensor_files import SCALES, TensorFiles, blocks, e2m1, e4m3, narrowed, part_names, read_json, stream, widened
@@ -132,6 +133,7 @@ class MLXTensor(StoredTensor):
         return {"codes": counted, "scales": narrow, "zero_points": zero.astype(np.int32) - middle}
 
 
+@reader
 def read(folder: str | Path) -> dict[str, StoredTensor]:
     """Every weight by its Hugging Face name. PhiquantError for a folder that is damaged."""
     files = TensorFiles(folder, "model*.safetensors")
@@ -151,6 +153,7 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
     return fused(result)
 
 
+@reader
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The Hugging Face config.json of the model: of LongRoPE its true long factors, whatever MLX was told."""
     config = read_json(Path(folder) / "config.json")

@@ -5,7 +5,6 @@ Which grid a tensor is on is told by the node that reads it. N = rows, K = value
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from ..errors import PhiquantError
 from ..extras import need
 from ..spec import Int, PerChannel, PerGroup, QuantSpec
+from ..untrusted import read_json, reader
 from .onnx_model_reader import Model, Stored, read_model
 from .stored import Parts, StoredTensor, once
 
@@ -170,6 +170,7 @@ class OnnxTensor(StoredTensor):
         return narrow
 
 
+@reader
 def read(path: str | Path) -> dict[str, StoredTensor]:
     """Every weight by its Hugging Face name. PhiquantError for a folder that is damaged or not an export."""
     model = read_model(_file(path))
@@ -196,16 +197,10 @@ def read(path: str | Path) -> dict[str, StoredTensor]:
     return result
 
 
+@reader
 def read_config(path: str | Path) -> dict[str, Any]:
     """The config.json of the folder. PhiquantError if there is none, or it is damaged."""
-    file = _file(path).with_name("config.json")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PhiquantError(f"cannot read {file}: {error}; export again") from error
-    if not isinstance(data, dict):
-        raise PhiquantError(f"{file} is not a JSON object; export again")
-    return data
+    return read_json(_file(path).with_name("config.json"))
 
 
 def _file(path: str | Path) -> Path:

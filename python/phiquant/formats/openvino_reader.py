@@ -6,7 +6,6 @@ the MatMul or Gather that uses the weight. N = rows, K = values of a row, G = gr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from ..errors import PhiquantError
 from ..spec import Binary, Codebook, FixedPoint, Float, QuantSpec, Ternary
 from ..spec import spec as read_spec
+from ..untrusted import read_json, reader
 from .openvino_bits_reader import ELEMENTS, packed, stored, values
 from .openvino_chain_reader import Chain, find_chain
 from .openvino_fold_reader import fold
@@ -230,6 +230,7 @@ class GraphTensor(StoredTensor):
         return PhiquantError(f"{self.name}: the file has codes on the grid {self.spec}, which is not {spec}")
 
 
+@reader
 def read(folder: str | Path) -> dict[str, GraphTensor]:
     """Every weight by its Hugging Face name. PhiquantError for a folder that is damaged."""
     folder = Path(folder)
@@ -243,15 +244,11 @@ def read(folder: str | Path) -> dict[str, GraphTensor]:
     return result
 
 
+@reader
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of the model in the folder."""
     path = Path(folder) / "config.json"
-    try:
-        if path.stat().st_size > _MOST_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise PhiquantError(f"cannot read {path}: {error}; export again") from error
+    config = read_json(path)
     return {key: value for key, value in config.items() if key not in ("quantization_config", "dtype")}
 
 

@@ -25,12 +25,12 @@ import torch
 from ..errors import PhiquantError
 from ..spec import TARGETS
 from ..tensor import PARAMETERS, QuantizedTensor
+from ..untrusted import read_json
 from .partial import write_atomically
 from .source import Entry
 
 NAME = "receipt.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST_BYTES = 64 << 20  # a receipt of a model with 10,000 tensors takes about 4 MB
 
 
 class TensorDigest:
@@ -151,12 +151,7 @@ def read(out: Path) -> dict[str, Any]:
         raise PhiquantError(f"{out} is not a folder; give the folder that an export wrote")
     if not path.is_file():
         raise PhiquantError(f"{out} has no {NAME}: it was not written by phiquant, or its export did not finish")
-    if path.stat().st_size > _MOST_BYTES:
-        raise PhiquantError(f"{path} has {path.stat().st_size:,} bytes; no receipt is that large")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PhiquantError(f"{path} is not valid JSON ({error}); export again") from error
+    data = read_json(path)
     problem = _problem(data)
     if problem:
         raise PhiquantError(f"{path} is not a receipt: {problem}; export again")

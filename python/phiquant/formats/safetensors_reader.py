@@ -19,6 +19,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec
 from ..spec import spec as read_spec
+from ..untrusted import reader
 from . import awq_reader, gptq_reader, mlx_reader
 from .fused_reader import fused
 from .stored import Parts, StoredTensor
@@ -170,6 +171,7 @@ class CompressedTensor(StoredTensor):
         return (down.astype(np.int16) - (1 << (self._bits - 1))).astype(np.int8).T[rows]
 
 
+@reader
 def read(folder: str | Path) -> dict[str, StoredTensor]:
     """Every weight by its Hugging Face name. PhiquantError for a folder that is damaged."""
     other = _other(folder)
@@ -188,6 +190,7 @@ def read(folder: str | Path) -> dict[str, StoredTensor]:
     return fused(result)
 
 
+@reader
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of the model in the folder."""
     other = _other(folder)

@@ -6,7 +6,6 @@ numpy has no bfloat16 and no float8: their bits come as uint16 and uint8.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PhiquantError
+from ..untrusted import read_json
 from .safetensors_header import INDEX, SINGLE, Place, read_header, read_index
 
 _DTYPES = {
@@ -21,7 +21,6 @@ _DTYPES = {
     "BF16": "<u2", "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
 }  # fmt: skip
 SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "e4m3", "U8": "e8m0"}  # in the words of specs
-_MOST_JSON = 16 << 20  # bytes of a config.json
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -62,16 +61,6 @@ class TensorFiles:
     def floats(self, name: str, index: slice | tuple[slice, ...] = slice(None)) -> np.ndarray:
         """As array(), in float32. uint8 counts as the exponents of E8M0."""
         return widened(self.array(name, index), self.place(name).dtype)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file. PhiquantError names the file and what is wrong with it."""
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes are over the limit of {_MOST_JSON:,}")
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise PhiquantError(f"cannot read {path}: {error}; download or export it again") from error
 
 
 def widened(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -64,6 +64,7 @@ _RELATIVE_ARCHITECTURES = {
     "Phi4MultimodalForCausalLM": "phi4_multimodal",
     "Phi4FlashForCausalLM": "phi4flash",
 }
+_MOST, _MOST_LAYERS = 1 << 24, 1 << 12  # of rows and columns, of layers: far above any model's
 _LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.(?P<part>.+)")
 
 
@@ -92,6 +93,11 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError unless `config` (a config.json) is a float Phi3ForCausalLM."""
     architectures = config.get("architectures") or []
     model_type = config.get("model_type")
+    names = [*architectures, model_type or ""] if isinstance(architectures, list) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UnsupportedModelError(
+            f"config.json: architectures {architectures!r} and model_type {model_type!r} are no names"
+        )
     relative = next((_RELATIVE_ARCHITECTURES[a] for a in architectures if a in _RELATIVE_ARCHITECTURES), model_type)
     name = ", ".join(architectures) or model_type or "a model without a name"
     supported = f"phiquant supports {ARCHITECTURE} (Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini, Phi-4)"
@@ -100,7 +106,8 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     if model_type != MODEL_TYPE or (architectures and ARCHITECTURE not in architectures):
         raise UnsupportedModelError(f"{name} (model_type {model_type!r}) is not supported. {supported}")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        told = config["quantization_config"]
+        method = told.get("quant_method", "an unnamed method") if isinstance(told, Mapping) else told
         raise UnsupportedModelError(
             f"this {name} checkpoint is already quantized ({method}); start from the float checkpoint it was made of"
         )
@@ -109,11 +116,12 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 def sizes(config: Mapping[str, Any]) -> Sizes:
     """Read the sizes of a config.json. PhiquantError if one is missing or they do not fit together."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in keys:
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise PhiquantError(f"config.json: {key} must be a positive integer, not {config.get(key)!r}")
-    vocab, hidden, intermediate, layers, heads = (config[key] for key in keys)
-    kv_heads = config.get("num_key_value_heads") or heads
+    numbers: dict[str, Any] = {key: config.get(key) for key in keys}
+    numbers["num_key_value_heads"] = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    for key, value in numbers.items():
+        if type(value) is not int or not 0 < value <= (_MOST_LAYERS if key == "num_hidden_layers" else _MOST):
+            raise PhiquantError(f"config.json: {key} must be a positive integer that a model can have, not {value!r}")
+    vocab, hidden, intermediate, layers, heads, kv_heads = numbers.values()
     if hidden % heads or heads % kv_heads:
         raise PhiquantError(
             f"config.json: hidden_size {hidden} must be a multiple of num_attention_heads {heads}, "
