@@ -17,10 +17,10 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec, Ternary
 from ..spec import spec as read_spec
-from ..untrusted import reader
+from ..untrusted import read_json, reader
 from .fused_reader import fused
 from .stored import Parts, StoredTensor, once
-from .tensor_files import SCALES, TensorFiles, blocks, e2m1, e4m3, narrowed, part_names, read_json, stream, widened
+from .tensor_files import SCALES, TensorFiles, blocks, e2m1, e4m3, narrowed, part_names, stream, widened
 
 # mode -> (bits, group size, element, scales): without a minimum there is one of each.
 _MODES = {

@@ -30,7 +30,6 @@ _DTYPES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e8m0fnu": "f8e8m0", "float8_e4m3fn": "f8e4m3",
     "int8": "i8", "uint8": "u8",
 }  # fmt: skip
-_MOST_CONFIG = 16 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,11 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec
 from ..spec import spec as read_spec
-from ..untrusted import reader
+from ..untrusted import read_json, reader
 from . import awq_reader, gptq_reader, mlx_reader
 from .fused_reader import fused
 from .stored import Parts, StoredTensor
-from .tensor_files import SCALES, TensorFiles, blocks, e2m1, e4m3, narrowed, read_json, stream, widened
+from .tensor_files import SCALES, TensorFiles, blocks, e2m1, e4m3, narrowed, stream, widened
 
 OTHERS = {"gptq": gptq_reader, "awq": awq_reader, "mlx": mlx_reader}
 _SMALL = {  # format -> element, codes packed two in a byte
