@@ -122,7 +122,19 @@ def test_solvers_know_no_model_and_no_format(path):
     }
 
 
-FORMATS_MAY = {"tensor", "spec", "targets", "models", "errors", "extras", "ops", "_C", "_extension", "formats"}
+FORMATS_MAY = {
+    "tensor",
+    "spec",
+    "targets",
+    "models",
+    "errors",
+    "untrusted",
+    "extras",
+    "ops",
+    "_C",
+    "_extension",
+    "formats",
+}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("formats/*.py")), ids=module_name)
