@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from . import (
     evaluate,
+    imatrix,
     integer,
     ops,  # first: loads the compiled part, or says why it cannot
     qat,
@@ -60,6 +61,7 @@ from .repack import repack
 from .same_codes import same_codes
 from .solvers import quantize_tensor
 from .spec import (
+    IQ4NL,
     TARGETS,
     Binary,
     Codebook,
@@ -83,6 +85,7 @@ from .tensor import QuantizedTensor
 __version__ = "0.1.0"
 
 __all__ = [
+    "IQ4NL",
     "TARGETS",
     "Binary",
     "Codebook",
@@ -133,6 +136,7 @@ __all__ = [
     "export",
     "fake_quantize",
     "finalize_pruning",
+    "imatrix",
     "integer",
     "kmeans",
     "learned_parameters",

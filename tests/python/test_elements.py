@@ -29,6 +29,7 @@ ELEMENTS: list[Element] = [
     pq.FixedPoint(0, 3),
     *(pq.Float(name) for name in FLOATS),
     pq.NormalFloat(),
+    pq.IQ4NL(),
     pq.Binary(),
     pq.Ternary(),
     *(pq.Codebook(size) for size in (2, 3, 16, 17, 64, 65, 256)),
@@ -39,6 +40,7 @@ SPECS = [
     *("int4-tensor-sym", "int8-token-sym", "uint4-g32-min-f16", "int3-rows2-sym"),
     *(f"{name}-{grain}-sym" for name in ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "nf4")
       for grain in ("tensor", "channel", "channel1", "g32", "row", "rows2", "token")),
+    *("iq4nl-g32-signmax-f16", "iq4nl-channel-sym", "iq4nl-g32-signmax"),
     *("nf4-g64-sym-f16", "fp4_e2m1-g32-sym-bf16", "fp8_e4m3-channel-sym-f16"),
     *(f"{name}-{grain}" for name in ("binary", "ternary") for grain in
       ("tensor-sym", "channel-sym", "channel1-sym", "g32-sym-f16", "rows2-sym", "token-sym")),
@@ -112,7 +114,7 @@ def test_codes_are_the_nearest_by_brute_force(level: str, element: Element) -> N
     assert tied.any() or isinstance(element, pq.Codebook)
     upper = levels[torch.where(tied, at + 1, at)].float()[tied]
     lower = levels[at].float()[tied]
-    if isinstance(element, pq.NormalFloat | pq.Binary | pq.Codebook):  # a tie goes up
+    if isinstance(element, pq.NormalFloat | pq.IQ4NL | pq.Binary | pq.Codebook):  # a tie goes up
         assert torch.equal(y[tied], upper)
     elif not (isinstance(element, pq.Float) and element.format == "e3m0"):  # a tie goes to the even code
         code = ops.quantize(x[tied], step_of(element), **grid(element))
