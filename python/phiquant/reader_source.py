@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,22 @@ class ReaderSource:
     target: of `format`; None: each tensor keeps its own words where the format holds them, else gets the first of
         its targets that is the same grid. A float target is for files without codes.
     tokenizer: a folder; None: the files beside the model, or those that a GGUF file's vocabulary stands for.
-    Tensors without codes are stored in the narrowest type that holds their values exactly, as export() does.
+    widened: tensors without codes that are given as float32, because the writer would store them in another
+        16-bit type than the file's. All others get the narrowest type that holds their values exactly, as in export().
     PhiquantError, before anything is read by a writer, for a tensor that no target holds as it is: it says what would
     have to change.
     """
 
-    def __init__(self, found: Found, format: Format, target: Target | None, tokenizer: Path | None = None) -> None:
+    def __init__(
+        self,
+        found: Found,
+        format: Format,
+        target: Target | None,
+        tokenizer: Path | None = None,
+        widened: Collection[str] = (),
+    ) -> None:
         self.config: dict[str, Any] = found.config()
-        self._found, self._format, self._target = found, format, target
+        self._found, self._format, self._target, self._widened = found, format, target, widened
         self._stored = found.read()
         self._temporary = tempfile.TemporaryDirectory(prefix="phiquant-")
         self.tokenizer_dir: Path | None = tokenizer or self._find_tokenizer()
@@ -103,6 +111,8 @@ class ReaderSource:
                 yield dataclasses.replace(entry, spec=target.spec)
 
     def _dtype(self, stored: StoredTensor) -> FloatName:
+        if stored.name in self._widened:
+            return "float32"
         wanted = self._target.float_dtype if self._target is not None and self._target.spec is None else None
         own = _FLOATS.get(stored.raw(slice(0, 1)).dtype.name, "float32")
         order: tuple[FloatName, ...] = ("bfloat16", "float16") if own == "float32" else ()

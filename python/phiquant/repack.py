@@ -7,6 +7,7 @@ from typing import Any
 
 from .errors import PhiquantError
 from .export import claim_folder, sign
+from .formats import receipt as receipts
 from .formats.detect import existing
 from .formats.registry import find
 from .formats.source import Progress
@@ -34,9 +35,18 @@ def repack(
     found, out = existing(path), Path(out)
     named = find_target(target) if ":" in target else None
     format = find(target.partition(":")[0])
+    if named is not None and named.mixture is not None:
+        raise PhiquantError(f"{target} chooses a grid for each layer, and the codes have theirs; give {format.name!r}")
     if out.exists() and out.samefile(found.folder):
         raise PhiquantError(f"{out} is the model itself; choose another folder for the output")
-    source = ReaderSource(found, format, named, None if tokenizer is None else Path(tokenizer))
+    place = None if tokenizer is None else Path(tokenizer)
+    source = ReaderSource(found, format, named, place)
     claim_folder(out, format.name)
-    format.writer().write(source, out, progress=progress, **options)
+    receipt = format.writer().write(source, out, progress=progress, **options)
+    if rounded := [record["name"] for record in receipt["tensors"] if not record["exact"]]:
+        source = ReaderSource(found, format, named, place, widened=rounded)
+        receipt = format.writer().write(source, out, progress=progress, **options)
+    if rounded := [record["name"] for record in receipt["tensors"] if not record["exact"]]:
+        receipts.remove(out)
+        raise PhiquantError(f"{rounded[0]}: {format.name} would round its floats; convert never rounds")
     return sign(out, source.config)

@@ -23,22 +23,28 @@ _ORDER: tuple[Verdict, ...] = (IDENTICAL, "same codes, other parameters", "diffe
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """One tensor in two files. a, b: how each stores it; reason: what differs where that has a name."""
+    """One tensor in two files. a, b: how each stores it; coded: whether one has codes; reason: what differs."""
 
     name: str
     verdict: Verdict
     a: str
     b: str
+    coded: bool
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What same_codes() found. ok: every tensor is identical. formats: of the two files."""
+    """What same_codes() found. ok: every tensor is identical, floats too. formats: of the two files."""
 
     formats: tuple[str, str]
     ok: bool
     tensors: list[TensorVerdict]
+
+    @property
+    def codes_ok(self) -> bool:
+        """Whether the tensors with codes are identical; a format may store norms or the embedding rounded."""
+        return all(t.verdict == IDENTICAL for t in self.tensors if t.coded)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -105,9 +111,10 @@ def _verdict(name: str, a: _Slice | None, b: _Slice | None) -> TensorVerdict:
     if a is None or b is None:
         missing = "the first" if a is None else "the second"
         words = [side.stored.stored_as if side else "missing" for side in (a, b)]
-        return TensorVerdict(name, "different", words[0], words[1], f"{missing} file does not have it")
+        return TensorVerdict(name, "different", words[0], words[1], True, f"{missing} file does not have it")
     verdict, reason = _compare(a, b)
-    return TensorVerdict(name, verdict, a.stored.stored_as, b.stored.stored_as, reason)
+    coded = a.stored.spec is not None or b.stored.spec is not None
+    return TensorVerdict(name, verdict, a.stored.stored_as, b.stored.stored_as, coded, reason)
 
 
 def _compare(a: _Slice, b: _Slice) -> tuple[Verdict, str]:

@@ -33,7 +33,7 @@ def test_one_set_of_codes_in_two_formats(
     measured = demo_all.in_torch(model, tokenizer, 1)
     rows = list(demo_all.rows(ui, model, tokenizer, tmp_path, measured))
     assert [row.reason for row in rows] == ["", ""]
-    assert all(row.verified and row.same_codes for row in rows)
+    assert all(row.verified and row.same_codes and row.same_floats for row in rows)
     assert [row.bits_per_weight for row in rows] == [4.5, 4.5]
     for row, error in zip(rows, (2e-2, 1e-6), strict=True):
         assert row.relative_error <= error

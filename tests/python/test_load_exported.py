@@ -62,6 +62,15 @@ def test_tied_embeddings_stay_tied(make_phi3: Any, tokenizer: Any, tmp_path: Pat
     assert same_codes(model, tied)
 
 
+def test_slices_with_grids_of_their_own(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    pq.quantize(tiny_model, pq.Recipe({"*.0.*.v_proj": "gguf:Q8_0"}, default="gguf:Q4_0"))
+    pq.export(tiny_model, tokenizer, tmp_path / "out")
+    model, _ = pq.load(tmp_path / "out")
+    assert same_codes(model, tiny_model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_model(IDS).logits)
+
+
 def test_a_file_alone_speaks_its_own_words(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     pq.quantize(tiny_model, "int3-g32-signmax-f16")
     pq.export(tiny_model, tokenizer, tmp_path)

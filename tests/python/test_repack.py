@@ -50,6 +50,12 @@ TRIPS = [
     ("int3-g32-signmax-f16", "safetensors:int4-g32"),
     ("gguf:F16", "safetensors:F16"),
     ("gguf:BF16", "safetensors"),
+    ("gguf:Q4_0", "onnx:int4-g32"),
+    ("gguf:Q4_0", "openvino:i4-g32"),
+    ("gguf:Q4_0", "mlx:4bit-g32"),
+    ("gguf:MXFP4", "mlx:mxfp4"),
+    ("onnx:uint4-g32", "openvino:u4-g32"),
+    ("mlx:4bit-g32", "gguf:Q4_1"),
 ]
 
 
@@ -110,6 +116,17 @@ def test_what_would_have_to_change_is_named(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_writer_that_would_round_floats_gets_them_wider(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """MLX stores 16-bit floats in the type of the scales, float16, which holds no small bfloat16."""
+    model.lm_head.weight.data[0] = 2.0**-40
+    a = export(model, tokenizer, "gguf:Q4_0", tmp_path / "a", "gguf")
+    receipt = pq.repack(a, "mlx:4bit-g32", tmp_path / "b")
+    dtypes = {record["name"]: record["dtype"] for record in receipt["tensors"] if "dtype" in record}
+    assert dtypes["lm_head.weight"] == "float32"
+    assert dtypes["model.norm.weight"] == "float16"
+    assert pq.same_codes(a, tmp_path / "b").ok
+
+
 def test_floats_are_never_rounded(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     pq.export(model, tokenizer, tmp_path / "a", format="safetensors")
     with pytest.raises(PhiquantError, match="has values that are no float16; convert never rounds: choose bfloat16"):
@@ -124,6 +141,8 @@ def test_other_refusals(model: Any, tokenizer: Any, tmp_path: Path) -> None:
         pq.repack(tmp_path, "gguf:Q4_0", tmp_path / "b")
     with pytest.raises(ValueError, match="unknown target 'gguf:Q9'"):
         pq.repack(a, "gguf:Q9", tmp_path / "b")
+    with pytest.raises(PhiquantError, match="gguf:Q4_K_M chooses a grid for each layer, and the codes have theirs"):
+        pq.repack(a, "gguf:Q4_K_M", tmp_path / "b")
     with pytest.raises(PhiquantError, match="unknown format 'pdf'"):
         pq.repack(a, "pdf", tmp_path / "b")
     (tmp_path / "two").mkdir()

@@ -29,7 +29,8 @@ NEW_TOKENS = 64
 class Row:
     """A format. reason: why there are no figures. relative_error, same_top: in the exact setting, against torch.
 
-    same_codes: whether `verify` finds the codes of the first file in this one, from the files alone.
+    same_codes: whether `verify` finds the codes of the first file in this one, from the files alone; same_floats:
+    and the values of all other tensors.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Row:
     same_text: bool = False
     verified: bool = False
     same_codes: bool = False
+    same_floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def _run(format: Format, model: Any, tokenizer: Any, folder: Path, torch_: Measu
     found, runtime = existing(folder), runtime_of(format)
     exact, default = (_logits(runtime, found.path, torch_, exact) for exact in (True, False))
     text = runtime.generate(found.path, PROMPT, max_new_tokens=NEW_TOKENS).text
+    compared = same_codes(first or folder, folder)
     return Row(
         format=format.name,
         runtime=runtime.NAME,
@@ -103,7 +106,8 @@ def _run(format: Format, model: Any, tokenizer: Any, folder: Path, torch_: Measu
         relative_error_default=default[1],
         same_text=text == torch_.text,
         verified=verify(folder).ok,
-        same_codes=same_codes(first or folder, folder).ok,
+        same_codes=compared.codes_ok,
+        same_floats=compared.ok,
     )
 
 
@@ -142,7 +146,7 @@ def show(made: Sequence[Row], torch_: Measured, seconds: float) -> list[Any]:
             "yes" if row.same_text else "no",
             f"{row.perplexity_default:.4f}",
             f"{row.relative_error_default:.1e}",
-            "yes" if row.verified and row.same_codes else "NO",
+            "NO" if not (row.verified and row.same_codes) else "yes" if row.same_floats else "yes; floats rounded",
         )
     reasons = [f"{row.format}: {row.reason}" for row in made if row.reason]
     return [

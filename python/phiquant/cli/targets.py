@@ -33,7 +33,7 @@ def targets(format_: FormatOption = None, json_: JsonFlag = False, debug: DebugF
         records = [facts(target) | {"runtime": formats[target.format]["runtime"]} for target in shown]
         rows = table("target", "grid", "decode", "codes", "parameters", "bits per\nweight>", "note")
         for one in records:
-            bits = f"{one['bits_per_weight']:.4g}"
+            bits = "" if one["bits_per_weight"] is None else f"{one['bits_per_weight']:.4g}"
             rows.add_row(one["target"], one["grid"], one["decode"], one["codes"], one["parameters"], bits, one["note"])
         runtimes = table("format", "runs in", "needs", "installed")
         for name, about in formats.items():
@@ -45,6 +45,9 @@ def targets(format_: FormatOption = None, json_: JsonFlag = False, debug: DebugF
 def facts(target: Target) -> dict[str, Any]:
     """What a target holds, exactly: in words and figures, fit for JSON."""
     spec, name = target.spec, target.name
+    if target.mixture is not None:
+        held = {"grid": "by layer", "decode": "", "codes": "", "parameters": ""}
+        return {"target": name, **held, "bits_per_weight": None, "note": target.note}
     if spec is None:
         held = {"grid": "float", "decode": target.float_dtype, "codes": "", "parameters": ""}
         return {"target": name, **held, "bits_per_weight": FLOAT_BITS[target.float_dtype], "note": target.note}
