@@ -27,6 +27,10 @@ VOCABULARIES = ["phi-3-mini", "phi-4-mini", "phi-4"]
 DIFFERENT: dict[tuple[str, str], set[str]] = {
     # After a special token that swallows white space, llama.cpp swallows ASCII's only.
     ("gguf", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x"},
+    # ONNX Runtime GenAI too; and it merges no further than 100 characters at a time.
+    ("onnx", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x", " " * 100 + "x"},
+    # openvino-tokenizers takes a text that is spelled like a token which no merge makes for that token.
+    ("openvino", "phi-3-mini"): {"<0x41> <0x0A>", "<unused3>"},
     # GenAI as well; and it cuts very long texts without a space mark in the middle.
     ("onnx", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x", " " * 100 + "x"},
 }
