@@ -311,6 +311,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Any], None]]] = {
     "overlap": ("overlap in model.onnx.data at byte", lambda g: external(g, CODES, "offset", "64")),
     "giant shape": ("its shape", lambda g: tensor(g, CODES).dims.__setitem__(0, 1 << 62)),
     "negative shape": ("has the shape", lambda g: tensor(g, CODES).dims.__setitem__(0, -1)),
+    "empty": ("has the shape", lambda g: tensor(g, CODES).dims.__setitem__(1, 0)),
     "unknown type": ("is of type", lambda g: setattr(tensor(g, CODES), "data_type", 9999)),
     "text": ("is of type string", lambda g: setattr(tensor(g, CODES), "data_type", 8)),
     "twice": ("occurs twice", lambda g: g.initializer.append(tensor(g, CODES))),
@@ -349,6 +350,9 @@ def test_damaged_files_are_errors(export: Path) -> None:
     model, data = (export / writer.FILE).read_bytes(), (export / writer.DATA).read_bytes()
     (export / writer.FILE).write_bytes(model[: len(model) // 2])
     with pytest.raises(PhiquantError, match=r"model\.onnx is not an ONNX model"):
+        reader.read(export)
+    (export / writer.FILE).write_bytes(model.replace(b"model.norm.weight", b"model.norm.\xff\xfe\xfd\xfc\xfb\xfa"))
+    with pytest.raises(PhiquantError, match=r"model\.onnx: the name of tensor \d+, .* is not UTF-8"):
         reader.read(export)
     (export / writer.FILE).write_bytes(model)
     (export / writer.DATA).write_bytes(data[:-10])

@@ -72,6 +72,8 @@ def read_model(path: Path) -> Model:
     tensors: dict[str, Stored] = {}
     extents: list[tuple[str, int, int, str]] = []
     for proto in graph.initializer:
+        if not isinstance(proto.name, str):
+            raise PhiquantError(f"{path}: the name of tensor {len(tensors)}, {proto.name!r}, is not UTF-8")
         if proto.name in tensors:
             raise PhiquantError(f"{path}: the tensor {proto.name!r} occurs twice")
         tensors[proto.name] = _read(path, proto, files, extents)
@@ -81,7 +83,7 @@ def read_model(path: Path) -> Model:
 
 def _read(path: Path, proto: Any, files: dict[str, np.ndarray], extents: list[tuple[str, int, int, str]]) -> Stored:
     where, type, shape = f"{path}: the tensor {proto.name!r}", _type(path, proto), tuple(int(n) for n in proto.dims)
-    if any(n < 0 for n in shape):
+    if any(n < 1 for n in shape):
         raise PhiquantError(f"{where} has the shape {list(shape)}")
     size = (math.prod(shape) * _BITS[type] + 7) // 8
     if proto.data_location != 1:  # TensorProto.EXTERNAL
