@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,29 @@ class CheckpointSource:
         self._places: dict[str, tuple[str, int]] = {}  # where the checkpoint has an entry: tensor, first row
         self.entries: Sequence[Entry] = list(self._entries(recipe, float_dtype))
         self.fingerprint = self._fingerprint()
+        self._reader = ThreadPoolExecutor(1, "phiquant-read")
+        self._ahead: tuple[str, slice, Future[Any]] | None = None
 
     def read(self, entry: Entry, rows: slice | None = None) -> QuantizedTensor | torch.Tensor:
         """See Source.read. Float tensors must be finite too: PhiquantError names tensor and index."""
         if rows is not None:
-            return self._piece(entry, rows)
+            return self._in_turn(entry, rows)
         pieces = [self._piece(entry, piece) for piece in row_slices(entry)]
         if len(pieces) == 1:
             return pieces[0]
         if entry.spec is None:
             return torch.cat(pieces)  # type: ignore[arg-type]
         return _join(entry.spec, pieces)
+
+    def _in_turn(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
+        """These rows; the next as many are read and quantized while the caller packs and writes these."""
+        ahead, self._ahead = self._ahead, None
+        ready = ahead is not None and ahead[:2] == (entry.name, rows)
+        piece = ahead[2].result() if ahead is not None and ready else self._piece(entry, rows)
+        following = slice(rows.stop, min(2 * rows.stop - rows.start, entry.shape[0] if entry.shape else 1))
+        if following.start < following.stop:
+            self._ahead = (entry.name, following, self._reader.submit(self._piece, entry, following))
+        return piece  # type: ignore[no-any-return]
 
     def _piece(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
         stored, first = self._places[entry.name]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from .runtimes.long import LongResult
 from .spec import FloatName
 from .spec import spec as read_spec
 
+_READERS = min(4, os.cpu_count() or 1)  # tensors that are compared at a time: each takes some pieces of memory
 _WEIGHTS = tuple(dict.fromkeys(pattern for one in FORMATS.values() for pattern in one.weights))
 
 
@@ -186,7 +189,9 @@ def _tensor_results(out: Path, receipt: Mapping[str, Any], reader: Any, decode: 
         stored = reader.read(locate(out, receipt))
     except (PhiquantError, OSError) as error:
         return [TensorResult(name, False, str(error)) for name in names]
-    results = [_compare(record, stored.get(record["name"]), decode) for record in receipt["tensors"]]
+    with ThreadPoolExecutor(_READERS) as pool:  # numpy and hashlib let go of the interpreter's lock
+        found = (stored.get(name) for name in names)
+        results = list(pool.map(lambda record, tensor: _compare(record, tensor, decode), receipt["tensors"], found))
     strangers = sorted(set(stored) - set(names))
     return results + [TensorResult(name, False, "is in the file, but not in the receipt") for name in strangers]
 

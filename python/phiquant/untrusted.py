@@ -62,9 +62,11 @@ def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise PhiquantError(f"{path} is not valid JSON ({error}); download or export it again") from error
+        raise PhiquantError(f"{path} is not valid JSON ({error}); download it, or export again") from error
     if not isinstance(data, dict):
-        raise PhiquantError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+        raise PhiquantError(
+            f"{path} must hold a JSON object, not a {type(data).__name__}; download it, or export again"
+        )
     return data
 
 

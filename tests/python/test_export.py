@@ -11,7 +11,7 @@ import phiquant as pq
 import pytest
 import torch
 from phiquant import PhiquantError
-from phiquant.formats import safetensors
+from phiquant.formats import safetensors_folder
 from phiquant.formats.registry import find
 from phiquant.model_source import ModelSource
 
@@ -146,7 +146,7 @@ def test_files_of_the_replaced_export_do_not_stay(
     tiny_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.export(tiny_model, tokenizer, tmp_path, format="safetensors")
-    monkeypatch.setattr(safetensors, "SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr(safetensors_folder, "SHARD_BYTES", 1_500_000)
     pq.export(tiny_model, tokenizer, tmp_path, format="safetensors")
     assert not (tmp_path / "model.safetensors").exists()
     monkeypatch.undo()

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn
@@ -63,6 +65,8 @@ class PartialFile:
         self._identity = _digest(fingerprint, self._header, self._names, self._sizes, align)
         self._unsynced = 0
         self._file: BinaryIO | None = None
+        self._disk = ThreadPoolExecutor(1, "phiquant-sync")
+        self._syncing: Future[None] | None = None
 
     @property
     def size(self) -> int:
@@ -115,8 +119,11 @@ class PartialFile:
             if kind is not None:
                 self._save_progress()
         finally:
+            with suppress(OSError):  # of a sync that the error at hand came before
+                self._settle()
             self._file.close()
             self._file = None
+            self._disk.shutdown()
 
     def append(self, name: str, buffers: Iterable[Buffer], record: Record | Callable[[], Record]) -> None:
         """Write the bytes of tensor `name`, the next of the layout.
@@ -137,7 +144,7 @@ class PartialFile:
             self.records[name] = dict(record() if callable(record) else record)
             self._unsynced += count
             if self._unsynced >= SYNC_BYTES:
-                self._sync()
+                self._sync(wait=False)
         except OSError as error:
             self.records.pop(name, None)
             self._raise(error)
@@ -193,13 +200,26 @@ class PartialFile:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
-    def _sync(self) -> None:
-        """Data first, then the journal that vouches for it."""
+    def _sync(self, wait: bool = True) -> None:
+        """Data first, then the journal that vouches for it; without `wait` while the next tensors are written."""
         assert self._file is not None
+        self._settle()
         self._file.flush()
-        os.fsync(self._fileno())
-        write_atomically(self.journal, json.dumps({"identity": self._identity, "records": self.records}))
+        text = json.dumps({"identity": self._identity, "records": self.records})
+        self._syncing = self._disk.submit(self._vouch, self._fileno(), text)
         self._unsynced = 0
+        if wait:
+            self._settle()
+
+    def _vouch(self, descriptor: int, text: str) -> None:
+        os.fsync(descriptor)
+        write_atomically(self.journal, text)
+
+    def _settle(self) -> None:
+        """Until what was given to the disk is there. OSError if it is not."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def _save_progress(self) -> None:
         """After an error: drop the tensor that was being written (this frees space), keep the others."""

@@ -16,6 +16,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +31,7 @@ from .partial import write_atomically
 from .source import Entry
 
 NAME = "receipt.json"
+_HASHING = ThreadPoolExecutor(1, "phiquant-digest")  # one: pieces are digested in their order
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,9 +44,12 @@ class TensorDigest:
     def __init__(self) -> None:
         self._codes, self._values = hashlib.sha256(), hashlib.sha256()
         self._parameters: list[list[torch.Tensor]] = [[] for _ in PARAMETERS]
+        self._pending: list[Future[None]] = []
 
     def add_codes(self, piece: QuantizedTensor) -> None:
-        self._codes.update(raw(piece.codes))
+        """Digested in a thread of its own, a piece behind: the codes must stay as they are."""
+        self._wait(1)
+        self._pending.append(_HASHING.submit(self._codes.update, raw(piece.codes)))
         for kept, name in zip(self._parameters, PARAMETERS, strict=True):
             if name in piece.parameters:
                 kept.append(piece.parameters[name])
@@ -52,7 +57,13 @@ class TensorDigest:
     def add_values(self, stored: bytes | bytearray | memoryview) -> None:
         self._values.update(stored)
 
+    def _wait(self, left: int) -> None:
+        """Until at most `left` pieces are pending: they hold memory."""
+        while len(self._pending) > left:
+            self._pending.pop(0).result()
+
     def codes(self) -> dict[str, str]:
+        self._wait(0)
         parameters = hashlib.sha256()
         for kept in self._parameters:
             for piece in kept:
