@@ -17,14 +17,17 @@ FloatFormat = Literal["e4m3fn", "e5m2", "e2m1", "e1m2", "e3m0"]
 
 @dataclass(frozen=True)
 class Int:
-    """An integer code of 1 to 8 bits, two's complement if signed: -2^(b-1) .. 2^(b-1) - 1, or 0 .. 2^b - 1."""
+    """An integer code of 1 to 8 bits, two's complement if signed: -2^(b-1) .. 2^(b-1) - 1, or 0 .. 2^b - 1.
+
+    16 bits are for the activations of a runtime; tensors of codes have up to 8.
+    """
 
     bits: int
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError(f"an integer code has 1 to 8 bits, not {self.bits}")
+        if not 1 <= self.bits <= 8 and self.bits != 16:
+            raise ValueError(f"an integer code has 1 to 8 bits, or 16 for activations, not {self.bits}")
 
     @property
     def qmin(self) -> int:

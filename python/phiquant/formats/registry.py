@@ -44,6 +44,7 @@ FORMATS = {
         Format("safetensors", "transformers", "hf", ("*.safetensors",), "numpy"),
         Format("mlx", "mlx", "mlx", ("*.safetensors",), "numpy"),
         Format("openvino", "openvino", "openvino", ("openvino_model.bin",), "openvino"),
+        Format("qnn", "qnn", "qnn", ("*.onnx", "*.onnx.data"), "onnx"),
     )
 }
 
