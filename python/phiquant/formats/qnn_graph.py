@@ -89,7 +89,8 @@ class Graph:
     """Interprets the program of models/decoder.py: writes it as nodes (see decoder.Operations).
 
     grids: of every point, or {} for a graph that rounds nothing. centres: of keys, [G, D]. weights: of modules, as
-    decoder.linears() names them, and of norms. tables: cos and sin [context, D]. eps, window, layers: of the model. low_cache: see cached().
+    decoder.linears() names them, and of norms. tables: cos and sin [context, D]. eps, window, layers: of the model.
+    low_cache: see cached().
     """
 
     def __init__(
