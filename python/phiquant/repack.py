@@ -39,6 +39,7 @@ def repack(
         raise PhiquantError(f"{target} chooses a grid for each layer, and the codes have theirs; give {format.name!r}")
     if out.exists() and out.samefile(found.folder):
         raise PhiquantError(f"{out} is the model itself; choose another folder for the output")
+    options = (named.options if named else {}) | options
     place = None if tokenizer is None else Path(tokenizer)
     source = ReaderSource(found, format, named, place)
     claim_folder(out, format.name)

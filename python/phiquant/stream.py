@@ -67,7 +67,7 @@ def quantize_checkpoint(
     if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
     claim_folder(out, target.format)
-    find(target.format).writer().write(source, out, progress=progress, **_options(target), **options)
+    find(target.format).writer().write(source, out, progress=progress, **(target.options | options))
     return sign(out, source.config)
 
 
@@ -81,7 +81,7 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
     writer = find(target.format).writer()
     for entry in source.entries:
         writer.check(entry)
-    files = writer.sizes(source, **_options(target))
+    files = writer.sizes(source, **target.options)
     parameters = sum(entry.numel for entry in source.entries)
     return Plan(
         target=target.name,
@@ -97,11 +97,6 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
 
 def _source(folder: str | Path, target: Target, solver: str, recipe: Recipe | None) -> CheckpointSource:
     return CheckpointSource(folder, target if recipe is None else recipe, solver)
-
-
-def _options(target: Target) -> dict[str, Any]:
-    """What a target asks of its format's writer beside the grid of the weights."""
-    return {} if target.activations is None else {"activations": target.activations}
 
 
 def _peak_memory(source: CheckpointSource) -> int:

@@ -69,7 +69,7 @@ def qat(
         if base and bits:
             raise typer.BadParameter("a recipe says the bits itself; leave one of the two out", param_hint="--bits")
         what = base or _with_bits(chosen, bits)
-        options = read_options(option, chosen.format)
+        options = chosen.options | read_options(option, chosen.format)
         with argument("--learning-rate"):
             settings = Settings(
                 steps=steps,

@@ -63,7 +63,7 @@ def quantize(
     with session(json_, debug) as ui:
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
-        options = read_options(option, chosen.format)
+        options = chosen.options | read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
         if solver in NEEDS_STATISTICS and text is None and checkpoint != EMBEDDED:
             raise typer.BadParameter(f"{solver} needs a text to calibrate {checkpoint} on", param_hint="--calibration")

@@ -30,6 +30,11 @@ class Target:
     def format(self) -> str:
         return self.name.partition(":")[0]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it asks of its format's writer beside the grid of the weights."""
+        return {} if self.activations is None else {"activations": self.activations}
+
 
 def floats(format: str) -> tuple[Target, ...]:
     """The targets of a format that store weights as F32, F16 and BF16."""
