@@ -84,7 +84,7 @@ def test_a_float_model_is_a_float_graph(dtype, make_phi3, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "bar"), [({"cache": 8}, 3e-2), ({"activations": 8}, 0.1), ({"observer": "mse"}, 0.2)]
+    ("options", "bar"), [({"cache": 8}, 3e-2), ({"activations": "uint8-tensor-asym"}, 0.1), ({"observer": "mse"}, 0.2)]
 )
 def test_other_widths_and_observers(options, bar, tokenizer, tmp_path):
     model = quantized(head=True)
@@ -172,7 +172,7 @@ def test_what_qnn_does_not_hold_is_refused_before_anything_is_written(make_phi3,
         export(model, tokenizer, tmp_path / "a")
     for options, message in (
         ({"context": 12}, "context is at least twice"),
-        ({"activations": 4}, "16 or 8 bits, not 4"),
+        ({"activations": "uint4-tensor-asym"}, "rounds activations to uint16-tensor-asym or"),
         ({"cache": 4}, "16 or 8 bits, not 4"),
     ):
         with pytest.raises(pq.PhiquantError, match=message):

@@ -25,6 +25,8 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..models import decoder, phi
 from ..models.rope import Rope, read_rope
+from ..quant_spec import QuantSpec
+from ..spec import spec as read_spec
 from . import onnx_file, qnn_genai, receipt
 from .companions import companions, copy
 from .partial import write_atomically
@@ -63,19 +65,19 @@ def write(
     calibration: Calibration | None = None,
     prefill: int = 64,
     context: int = 256,
-    activations: int = 16,
+    activations: QuantSpec | str = "uint16-tensor-asym",
     cache: int = 16,
     observer: Kind = "minmax",
 ) -> dict[str, Any]:
     """Write the folder `out` and return its receipt. Everything that can be refused is refused before the first byte.
 
     calibration: text, texts or windows of token ids for the ranges; None: testing.training_text().
-    activations: bits of the inputs and outputs of linears, 16 or 8; the rest of the graph has 16.
+    activations: the grid of what linears take and give, "uint16-tensor-asym" or "uint8-tensor-asym"; the rest has 16
+        bits.
     cache: bits of keys and values, 16 (as two times 8: QNN multiplies by no more) or 8.
     observer: see observe(). A model without codes gives float graphs, which need no calibration.
     """
-    if activations not in (8, 16):
-        raise PhiquantError(f"activations have 16 or 8 bits, not {activations}")
+    bits = _bits(activations)
     if cache not in (8, 16):
         raise PhiquantError(f"keys and values have 16 or 8 bits, not {cache}")
     phi.check_architecture(source.config)
@@ -87,7 +89,7 @@ def write(
     beside = companions(source.tokenizer_dir)
     ranges = _ranges(source, calibration, context, observer) if rounds else None
     layout = Layout(source, norm_grids(source) if rounds else {})
-    points = grids(ranges, activations, cache) if ranges else {}
+    points = grids(ranges, bits, cache) if ranges else {}
     centres = {point: np.array(centre, np.float32) for point, centre in ranges.centres.items()} if ranges else {}
     models = _models(layout, stages, rope, points, centres, cache == 16)
     out = Path(out)
@@ -110,7 +112,15 @@ def write(
     return result
 
 
-def sizes(source: Source) -> dict[str, int]:
+def _bits(activations: QuantSpec | str) -> int:
+    spec = read_spec(activations)
+    for bits in (16, 8):
+        if spec == read_spec(f"uint{bits}-tensor-asym"):
+            return bits
+    raise PhiquantError(f"QNN rounds activations to uint16-tensor-asym or uint8-tensor-asym, not to {activations}")
+
+
+def sizes(source: Source, **_: Any) -> dict[str, int]:
     """Bytes of the data file that write() makes; the graphs beside it take a few hundred kB for each layer."""
     rounds = refuse_mixtures(source.entries)
     names = [entry.name for entry in source.entries if len(entry.shape) == 1]

@@ -51,8 +51,15 @@ def config(model: Mapping[str, Any], files: Mapping[str, bytes], prefill: int, c
                 "hidden_size": n.hidden,
                 "num_attention_heads": n.heads,
                 "num_key_value_heads": n.kv_heads,
-                "num_hidden_layers": n.layers,
-                "sliding_window": {"window_size": prefill, "pad_value": 0, "alignment": "left"},
+                # GenAI counts caches by layers; low parts of keys and values are caches of layers beyond the last.
+                "num_hidden_layers": sum(v.name.endswith(".key") for v in graphs["decode.onnx"].input),
+                "sliding_window": {
+                    "window_size": prefill,
+                    "pad_value": 0,
+                    "alignment": "left",
+                    "slide_key_value_cache": True,
+                    "slide_inputs": True,
+                },
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
