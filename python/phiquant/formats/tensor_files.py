@@ -21,6 +21,7 @@ _DTYPES = {
     "BF16": "<u2", "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
 }  # fmt: skip
 SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "e4m3", "U8": "e8m0"}  # in the words of specs
+_NIBBLES = (np.arange(256, dtype="<u2") >> 4 << 8) | (np.arange(256, dtype="<u2") & 15)  # of a byte, the low one first
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -110,7 +111,7 @@ def stream(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     if bits == 8:
         return data[:, :count]
     if bits == 4:
-        return np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)[:, :count]
+        return _NIBBLES[data].view(np.uint8)[:, :count]
     digits = np.unpackbits(data, axis=1, bitorder="little")[:, : count * bits].reshape(len(data), count, bits)
     return np.packbits(digits, axis=2, bitorder="little")[..., 0]
 
