@@ -21,7 +21,9 @@ from phiquant.targets import TARGETS
 pytest.importorskip("xllamacpp")
 # QNN runs a static graph in an emulator whose wheel is not everywhere: test_qnn.py holds its bars.
 RUNTIMES = [name for name in FORMATS if name != "qnn"]
-BARS = {"onnx": 2e-6, "openvino": 2e-6, "mlx": 1e-5, "safetensors": 1e-6}  # in the exact setting
+# In the exact setting. Torch in float32 is 1.2e-6 from torch in float64 on the miniatures of hidden size 768, on which
+# OpenVINO sums to 2.4e-6; on phi3-tiny it is within 2e-6.
+BARS = {"onnx": 2e-6, "openvino": 3e-6, "mlx": 1e-5, "safetensors": 1e-6}
 RUN = {
     "gguf": ("gguf:F32", "gguf:Q4_0", "gguf:Q4_K"),
     "onnx": ("onnx:F32", "onnx:int4-g32"),
@@ -80,8 +82,7 @@ def test_every_code_is_in_the_file(target: str, name: str, tmp_path: Path) -> No
     [pick(t, n, {("gguf:F32", "phi-3-mini")}) for f in RUNTIMES for t in RUN[f] for n in MINIATURES],
 )
 def test_logits(target: str, name: str, tmp_path: Path) -> None:
-    """One window, no longer than the sliding window that llama.cpp and mlx-lm ignore; LongRoPE by the long factors
-    in mlx-lm, which knows no others (docs/long-context.md)."""
+    """One window, no longer than the sliding window that llama.cpp and mlx-lm ignore (docs/long-context.md)."""
     model, tokenizer, float_dtype = quantized(name, target)
     format = TARGETS[target].format
     options = {"long_factors": "short"} if format == "mlx" and model.config.rope_parameters.get("long_factor") else {}

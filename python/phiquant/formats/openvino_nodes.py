@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..extras import need
 from ..models.rope import Rope
@@ -61,9 +62,10 @@ class Nodes:
 
 def frequencies(rope: Rope, factors: Sequence[float] | None) -> np.ndarray:
     """What a position is multiplied with: float32 [1, dimensions / 2, 1], computed as Transformers does."""
-    exponents = np.arange(0, rope.dimensions, 2, dtype=np.float32) / np.float32(rope.dimensions)
-    inverse = np.float32(1.0) / (np.asarray(factors or [1.0], np.float32) * np.float32(rope.theta) ** exponents)
-    return inverse.astype(np.float32).reshape(1, -1, 1)
+    # By torch: numpy's powers differ in the last bit, which grows with the position.
+    exponents = torch.arange(0, rope.dimensions, 2).float() / rope.dimensions
+    inverse: torch.Tensor = 1.0 / (torch.tensor(factors or [1.0]) * rope.theta**exponents)
+    return inverse.numpy().reshape(1, -1, 1)
 
 
 def rotation(make: Nodes, rope: Rope, positions: Any) -> tuple[Any, Any]:
