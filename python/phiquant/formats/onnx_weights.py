@@ -209,7 +209,8 @@ def _bytes(codes: torch.Tensor) -> np.ndarray:
 
 def _per_block(values: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
     """Parameters [rows or 1, groups] repeated to [rows, blocks]."""
-    return values.repeat_interleave(blocks // values.shape[1], dim=1).expand(rows, -1)
+    repeats = blocks // values.shape[1]
+    return (values if repeats == 1 else values.repeat_interleave(repeats, dim=1)).expand(rows, -1)
 
 
 def _bits(spec: QuantSpec) -> int:
