@@ -10,7 +10,9 @@ import pytest
 import torch
 from phiquant.formats import qnn_reader
 from phiquant.formats.qnn_graph import UNIT, Grid
+from phiquant.miniatures import MINIATURES
 from phiquant.runtimes import qnn as runtime
+from phiquant.stream import quantize_checkpoint
 from qnn_cases import CONTEXT, PREFILL, error, expected, export, quantized, windows
 
 LONGROPE = {
@@ -90,6 +92,19 @@ def test_other_widths_and_observers(options, bar, tokenizer, tmp_path):
     model = quantized(head=True)
     export(model, tokenizer, tmp_path, **options)
     assert 5e-4 < error(runtime.logits(tmp_path, ROWS), expected(model, ROWS)) <= bar
+
+
+@pytest.mark.parametrize("target", ["qnn:a16w8", "qnn:a16w4", "qnn:a8w8"])
+def test_a_checkpoint_is_quantized_for_a_target(target, make_phi3, tokenizer, tmp_path):
+    make_phi3(num_hidden_layers=1).save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    receipt = quantize_checkpoint(tmp_path / "float", target, tmp_path / "out", calibration=windows(2), prefill=8)
+    assert receipt["targets"] == [target]
+    graph = onnx.load(tmp_path / "out" / "prefill.onnx", load_external_data=False).graph
+    linears = {node.output[0] for node in graph.node if node.op_type == "Gemm"}
+    zeros = {t.name: t.data_type for t in graph.initializer}
+    widths = {zeros[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] in linears}
+    assert widths == {onnx.TensorProto.UINT8 if target == "qnn:a8w8" else onnx.TensorProto.UINT16}
 
 
 def test_the_graphs_are_static_and_every_result_is_rounded(folder):
@@ -228,3 +243,20 @@ def test_a_changed_code_is_found(folder, tmp_path):
         file.write(b"\x11")
     report = pq.verify(tmp_path / "x")
     assert [t.name for t in report.tensors if not t.ok] == ["model.layers.0.mlp.down_proj.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["qnn:a16w8", "qnn:a16w4", "qnn:a8w8"])
+@pytest.mark.parametrize("name", MINIATURES)
+def test_miniatures_keep_their_codes(name, target, tmp_path):
+    model, tokenizer = pq.testing.miniature(name)
+    pq.quantize(model, target)
+    vocabulary = model.config.vocab_size
+    activations = pq.target(target).activations
+    export(model, tokenizer, tmp_path, calibration=windows(4) % vocabulary, activations=activations)
+    stored, wanted = qnn_reader.read(tmp_path), codes_of(model)
+    found = {name: tensor.quantized().digests() for name, tensor in stored.items() if tensor.spec}
+    assert found == {f"{name}.weight": whole.digests() for name, whole in wanted.items()}
+    rows = (windows(2, CONTEXT, seed=1) % vocabulary).tolist()
+    bar = 2e-1 if target == "qnn:a8w8" else 2e-2
+    assert error(runtime.logits(tmp_path, rows), expected(model, rows)) <= bar

@@ -27,6 +27,7 @@ from ..models import decoder, phi
 from ..models.rope import Rope, read_rope
 from ..quant_spec import QuantSpec
 from ..spec import spec as read_spec
+from ..targets import TARGETS
 from . import onnx_file, qnn_genai, receipt
 from .companions import companions, copy
 from .partial import write_atomically
@@ -106,6 +107,7 @@ def write(
         for name in [*_write_small(out, source.config, models, stages, ranges), *copy(beside, out)]:
             files[name] = receipt.file_record(out / name)
         result = receipt.make("qnn", files, list(file.records.values()), list(source.entries), ("onnx",))
+        result["targets"] = [name for name in result["targets"] if TARGETS[name].activations == read_spec(activations)]
         result["warnings"] = _warnings(rope, stages)
         receipt.write(out, result)
         file.forget()
