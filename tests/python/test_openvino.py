@@ -13,7 +13,10 @@ from openvino_cases import EXACT, Grids, folded, kept, matrices
 from phiquant import PhiquantError
 from phiquant.formats import openvino
 from phiquant.formats import openvino_reader as reader
+from phiquant.formats.openvino_nodes import frequencies
 from phiquant.formats.source import Entry
+from phiquant.miniatures import miniature_config
+from phiquant.models.rope import read_rope
 from phiquant.spec import spec as read_spec
 from phiquant.targets import TARGETS
 
@@ -170,6 +173,18 @@ def test_projections_with_grids_of_their_own(tokenizer: Any, tmp_path: Path) -> 
     result = pq.verify(tmp_path, run=True, windows=1).runtime
     assert result is not None
     assert result.ok, result
+
+
+@pytest.mark.parametrize("name", ["phi-3-mini", "phi-3.5-mini", "phi-4-mini", "phi-4"])
+def test_frequencies_are_those_of_transformers(name: str) -> None:
+    """To the last bit: it counts in a long text."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    config = miniature_config(name)
+    rope = read_rope(config)
+    theirs = Phi3RotaryEmbedding(Phi3Config.from_dict(config)).inv_freq.numpy()
+    assert np.array_equal(frequencies(rope, rope.short).reshape(-1), theirs)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,12 @@ EXACT, DEFAULT = 2e-6, 3e-2
 KINDS = ["i4-g32", "u4-g64", "i8-channel", "u8-g32", "u2-g32", "nf4-g64", "mxfp4", "nvfp4", "fp8-channel", "codebook16"]
 
 
+TEXTS = [
+    "def f(x):\n\treturn x  # two  spaces", "हिन्दी में", "తెలుగు", "emoji 😀👩‍👩‍👧", "<|endoftext|>after", "  leading",
+    "1234567 + 89", "a\u00a0b\u200bc", "\r\n\n\n", "ünïcödé, ﬁ, Å", " <|user|>\nhi<|end|>", "a", "trailing  ",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
@@ -99,6 +105,18 @@ def test_models(name: str, make_phi3: Any, folder: Path, tmp_path: Path) -> None
     assert worst(stepwise, expected[: len(short)]) <= EXACT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["phi-3-mini", "phi-3.5-mini", "phi-4-mini", "phi-4"])
+def test_miniatures(name: str, tmp_path: Path) -> None:
+    """Each real configuration made small: codes, logits at every border, tokens of texts in several scripts."""
+    model, tokenizer = pq.testing.miniature(name)
+    pq.quantize(model, "openvino:i4-g32")
+    pq.export(model, tokenizer, tmp_path, "openvino")
+    report = pq.verify(tmp_path, run=True, long=True, windows=1)
+    assert report.ok, str(report)
+    assert openvino.tokenize(tmp_path, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
 def test_a_fault_is_seen(make_phi3: Any, folder: Path, tmp_path: Path) -> None:
     """The bars above are no formality: a window that is one token wider, or long factors too late, miss them by far."""
     model = make_phi3(num_hidden_layers=1, **MODELS["LongRoPE"], sliding_window=16)
@@ -174,11 +192,7 @@ def test_the_default_setting_on_phi3_tiny(phi3_tiny: Any, short_text: str, tmp_p
 
 def test_tokenizer(tokenizer: Any, make_phi3: Any, folder: Path, tmp_path: Path) -> None:
     exported(make_phi3(num_hidden_layers=1), folder, tmp_path)
-    texts = [
-        "def f(x):\n\treturn x  # two  spaces", "हिन्दी में", "తెలుగు", "emoji 😀👩‍👩‍👧", "<|endoftext|>after", "  leading",
-        "1234567 + 89", "a\u00a0b\u200bc", "\r\n\n\n", "ünïcödé, ﬁ, Å",
-    ]  # fmt: skip
-    assert openvino.tokenize(tmp_path, texts) == [tokenizer(text)["input_ids"] for text in texts]
+    assert openvino.tokenize(tmp_path, TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 def test_a_damaged_file_is_an_error(make_phi3: Any, folder: Path, tmp_path: Path) -> None:
