@@ -29,6 +29,7 @@ GRIDS = {
     "int4-tensor-sym": "i4", "uint4-channel-asym-f16": "u4", "q3.4": "i8", "q1.2": "i4",
     "ternary-g64-sym-f16": "u2", "binary-channel-absmean": "u2", "vsq4": "i4", "int4-g16-signmax-f16-int8/64": "i4",
     "fp8_e4m3-channel-sym-f16": "f32", "mxfp8_e5m2": "f32", "fp4_e1m2-g32-sym-f16": "f32",
+    "iq4nl-g32-sym-f16": "f32", "iq4nl-g16-signmax-f16-int6/64": "f32", "fp4_e3m0-channel-sym": "f32",
     "codebook16-tensor-f16": "f32", "codebook16-row": "f32", "codebook256-tensor": "f32", "codebook4-g64": "f32",
     "codebook16-rows8-bf16": "f32", "int2-g32-asym-f16": "u2", "int4-row-asym": "i4",
 }  # fmt: skip

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from ..spec import (
+    IQ4NL,
     Binary,
     Codebook,
     FixedPoint,
@@ -97,7 +98,7 @@ def container(spec: QuantSpec) -> Container:
             return Container("nf4")
         case Float(name) if name in _MINIFLOATS:
             return Container(_MINIFLOATS[name])
-        case Float():
+        case Float() | IQ4NL():
             return Container("u4", levels=element.levels)
         case Codebook():
             return Container("u4" if element.bits <= 4 else "u8")

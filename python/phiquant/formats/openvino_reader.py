@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PhiquantError
-from ..spec import Binary, Codebook, FixedPoint, Float, QuantSpec, Ternary
+from ..spec import IQ4NL, Binary, Codebook, FixedPoint, Float, QuantSpec, Ternary
 from ..spec import spec as read_spec
 from ..untrusted import read_json, reader
 from .openvino_bits_reader import ELEMENTS, packed, stored, values
@@ -125,7 +125,7 @@ class GraphTensor(StoredTensor):
         assert scale is not None
         if codebook is not None:
             levels = stored(self.graph.read(codebook), codebook.type, codebook.bits)
-            for element in (Float("e1m2"), Float("e3m0")):
+            for element in (Float("e1m2"), Float("e3m0"), IQ4NL()):
                 if np.array_equal(levels, np.array(element.levels, np.float32)):
                     return str(element), "sym"
             raise PhiquantError(f"{self.name}: its table of levels with scales is none that phiquant knows")
