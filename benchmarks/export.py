@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from common import Row, machine, print_rows
+from phiquant.testing import generate_checkpoint
+from stream import SIZES
 
 SPEED, MEMORY = 3.0, 3 << 29
 # format -> (our target, the peer in peers/)
@@ -36,9 +38,10 @@ MINUTES = {"optimum"}  # run once
 OURS = """
 import json, sys, time
 from phiquant import stream
-imports, began = stream.peak_memory_here(), time.perf_counter()
+imports, before, began = stream.peak_memory_here(), time.process_time(), time.perf_counter()
 stream.quantize_checkpoint(sys.argv[1], sys.argv[3], sys.argv[2])
-print(json.dumps({"seconds": time.perf_counter() - began, "peak": stream.peak_memory_here(), "imports": imports}))
+print(json.dumps({"seconds": time.perf_counter() - began, "cpu": time.process_time() - before,
+                  "peak": stream.peak_memory_here(), "imports": imports}))
 """
 
 
@@ -53,10 +56,9 @@ def run(command: list[str], out: Path) -> dict[str, Any] | str:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(checkpoint: Path, format: str, repeats: int, python: str) -> dict[str, Any]:
+def measure(checkpoint: Path, out: Path, format: str, repeats: int, python: str) -> dict[str, Any]:
     """The runs of ours and of its peer, in turn. A peer that fails is named in "skipped"."""
     target, peer = PAIRS[format]
-    out = checkpoint.parent / "out"
     ours_command = [sys.executable, "-c", OURS, str(checkpoint), str(out), target]
     found: dict[str, Any] = {"format": format, "target": target, "peer": peer, "ours": [], "theirs": []}
     for index in range(repeats):
@@ -87,22 +89,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--formats", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--python", nargs="+", default=[], metavar="PEER=PATH")
-    parser.add_argument("--layers", type=int, default=17)
+    parser.add_argument("--checkpoint", type=Path, help="use this one instead of making one")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     arguments = parser.parse_args()
     interpreters = dict(pair.split("=", 1) for pair in arguments.python)
     results = []
     with tempfile.TemporaryDirectory(prefix="phiquant-export-", dir=arguments.folder) as place:
-        from stream import make_checkpoint
-
-        checkpoint = Path(place) / "checkpoint"
-        checkpoint.mkdir()
-        parameters = make_checkpoint(checkpoint, arguments.layers)
-        print(f"{machine()}\n{parameters:,} parameters", flush=True)
+        checkpoint = arguments.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(place) / "checkpoint"
+            generate_checkpoint("phi-3-mini", checkpoint, **SIZES, num_hidden_layers=17)
+        print(machine(), flush=True)
         for format in arguments.formats:
             python = interpreters.get(PAIRS[format][1], sys.executable)
-            results.append(measure(checkpoint, format, arguments.repeats, python))
+            results.append(measure(checkpoint, Path(place) / "out", format, arguments.repeats, python))
     raced = [found for found in results if found["theirs"]]
     if raced:
         print_rows([row(found) for found in raced])
@@ -110,6 +111,8 @@ def main() -> None:
     for found in results:
         verdict = "ok" if found["peak"] <= MEMORY else "MISSED"
         theirs = "" if found["peer_peak"] is None else f"; {found['peer']} {found['peer_peak'] >> 20:,} MiB"
+        cpu = [f"{min(each['cpu'] for each in found[side]):.1f}" for side in ("ours", "theirs") if found[side]]
+        theirs += f"; CPU seconds {' against '.join(cpu)}"
         print(f"{found['target']}: peak {found['peak'] >> 20:,} MiB of {MEMORY >> 20:,}  {verdict}{theirs}")
         if "skipped" in found:
             print(f"  {found['peer']} did not run: {found['skipped']}")

@@ -1,11 +1,14 @@
-"""One set of codes: the values every reader decodes, and the logits every runtime computes.
+"""The bars of the runtimes, each row from the files themselves.
 
-    python benchmarks/runtimes.py [--json FILE]
+    python benchmarks/runtimes.py [--only targets files floats tokenizers] [--export FILE ...] [--json FILE]
 
-Bars, on phi3-tiny. Largest difference between the weights of the last QAT forward, `dequantize()` of the
-codes, gguf-py's decode of the GGUF and compressed-tensors' decode of the folder: 0. Relative error of
-logits, |a - b| / |b| over four windows of 256 held-out tokens: transformers <= 1e-6; llama.cpp (F32
-key-value cache, flash attention off) F16 <= 1e-3, Q4_0, Q4_1 and Q8_0 <= 2e-2 (its activations are int8).
+targets     every target: codes and parameters by the independent reader; the format's own decode against ours
+files       one QAT int4 model in every format: the same codes, perplexities, logits exact and by default, greedy text
+floats      phi3-tiny as a float file in every format: logits, greedy text
+tokenizers  ids of 200 texts against Hugging Face's, both kinds of vocabulary
+--export    files that benchmarks/export.py wrote with --json: export time and memory
+
+A format that is added to formats/registry.py appears by itself. The trained model is kept in --model (build/qat-int4).
 """
 
 from __future__ import annotations
@@ -15,118 +18,219 @@ import copy
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
+import numpy as np
 import phiquant as pq
 import torch
 from common import machine
-from compressed_tensors.compressors import unpack_from_int32
-from phiquant import qat
-from phiquant.formats.gguf_names import gguf_name
-from phiquant.modules import QATLinear
-from safetensors import safe_open
+from phiquant import evaluate, qat
+from phiquant.export import locate
+from phiquant.extras import missing
+from phiquant.formats import receipt
+from phiquant.formats.registry import FORMATS, Format
+from phiquant.runtimes import check
+from phiquant.same_codes import same_codes
+from phiquant.testing import heldout_text, miniature, random_phi3, training_text
 
-LLAMA, INT8_ACTIVATIONS, TRANSFORMERS = 1e-3, 2e-2, 1e-6
-BARS = {
-    "gguf:F16": LLAMA,
-    "gguf:BF16": None,  # llama.cpp rounds activations to bf16 there; printed without a bar
-    "gguf:Q8_0": INT8_ACTIVATIONS,
-    "gguf:Q4_0": INT8_ACTIVATIONS,
-    "gguf:Q4_1": INT8_ACTIVATIONS,
-    "safetensors:F32": TRANSFORMERS,
-    "safetensors:int4-g32": TRANSFORMERS,
-    "safetensors:int8-channel": TRANSFORMERS,
-}
+GRID = "gguf:Q4_0"  # int4, groups of 32: every format holds it
+WINDOWS, WINDOW, NEW_TOKENS = 4, 512, 64
+PROMPT = "def read_lines(path):\n"
+PERPLEXITY, PERPLEXITY_LLAMA, DEFAULT = 1e-3, 5e-3, 3e-2
+TEXTS = Path(__file__).parents[1] / "tests" / "data" / "tokenizer_texts.json"
 
 
-def trained(spec: str, steps: int) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """phi3-tiny after a short QAT, its tokenizer, and the weights that its last forward computed with."""
+@dataclass
+class Row:
+    """One figure. bar: the most it may be; None: told without a bar. note: what else there is to say."""
+
+    section: str
+    name: str
+    figure: float | None
+    bar: float | None = None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.figure is None or self.bar is None or self.figure <= self.bar
+
+    def __str__(self) -> str:
+        figure = "" if self.figure is None else f"{self.figure:.3g}"
+        bar = "" if self.bar is None else f"{self.bar:.3g}"
+        verdict = "" if self.bar is None or self.figure is None else "ok" if self.ok else "MISSED"
+        return f"{self.section:10} {self.name:46} {figure:>10} {bar:>8} {verdict:6} {self.note}"
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> int:
+    """The most representable float32 values that lie between a and b."""
+    order = [np.ascontiguousarray(x, np.float32).view(np.int32).astype(np.int64) for x in (a, b)]
+    one, two = (np.where(x < 0, -(x & 0x7FFFFFFF), x) for x in order)
+    return int(np.abs(one - two).max()) if one.size else 0
+
+
+def targets(folder: Path, tokenizer: Any) -> Iterator[Row]:
+    """Each target with a grid, on a random model of one layer, tied, so that the embedding is coded too."""
+    for target in pq.TARGETS.values():
+        format = FORMATS.get(target.format)
+        if format is None or missing(format.extra):
+            yield Row("targets", target.name, None, note="not run: its format or its runtime is not there")
+            continue
+        out = folder / target.name.replace(":", "-")
+        try:
+            model = random_phi3(hidden_size=256, intermediate_size=512, num_hidden_layers=1, tie_word_embeddings=True)
+            if target.spec is not None:
+                pq.quantize(model, target.name)
+            dtype = None if target.spec else target.float_dtype
+            pq.export(model, tokenizer, out, format=format.name, float_dtype=dtype)
+            report = pq.verify(out)
+            stored = format.reader_module().read(locate(out, receipt.read(out)))
+            most = max(ulps(t.values(rows), t.reference(rows)) for t in stored.values() for rows in t.row_slices())
+        except (pq.PhiquantError, ValueError, RuntimeError, ImportError) as error:
+            yield Row("targets", target.name, None, note=f"not run: {str(error).splitlines()[0][:90]}")
+            continue
+        differing = sum(not tensor.ok for tensor in report.tensors) + len(report.files)
+        yield Row("targets", target.name, differing, 0, f"of {len(report.tensors)} tensors differ; decode: {most} ulp")
+
+
+def trained(folder: Path) -> tuple[Any, Any]:
+    """phi3-tiny after a short QAT on GRID, and its tokenizer; kept as a folder that phiquant loads."""
+    if (folder / receipt.NAME).is_file():
+        return pq.load(folder)
     model, tokenizer = pq.load("phi3-tiny")
     teacher = copy.deepcopy(model)
-    pq.prepare_qat(model, spec, range="mse")
-    ids = qat.encode(tokenizer, pq.testing.training_text(characters=400_000))
-    qat.distill(model, teacher, ids, qat.Settings(steps=steps, batch=4))
-    model.eval()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QATLinear)}
-    weights = {f"{n}.weight": m.weight_quantizer(m.weight).detach().clone() for n, m in layers.items()}
-    return pq.convert(model), tokenizer, weights
+    pq.prepare_qat(model, GRID, range="mse")
+    ids = qat.encode(tokenizer, training_text(characters=400_000))
+    qat.distill(model, teacher, ids, qat.Settings(steps=60, batch=4))
+    model = pq.convert(model.eval())
+    pq.export(model, tokenizer, folder, format="safetensors")
+    return pq.load(folder)
 
 
-def decoded_by_gguf_py(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    tensors = {name: stored[gguf_name(name)] for name in names}
-    return {name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for name, t in tensors.items()}
+class InTorch:
+    """What torch computes with a model: logits of held-out windows, perplexity, greedy tokens."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.ids = evaluate.windows(tokenizer, heldout_text(), WINDOW, WINDOWS)
+        self.logits = [values.float() for values in evaluate.model_logits(model, self.ids)]
+        self.perplexity = evaluate.perplexity_from_logits(self.ids, self.logits).perplexity
+        prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+        made = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :]
+        self.tokens = made.tolist()
 
 
-def decoded_by_compressed_tensors(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    result = {}
-    with safe_open(path, "pt") as file:
-        for name in names:
-            scale = file.get_tensor(f"{name}_scale").float()
-            shape = torch.Size(file.get_tensor(f"{name}_shape").tolist())
-            codes = unpack_from_int32(file.get_tensor(f"{name}_packed"), 4, shape)
-            args = QuantizationArgs(num_bits=4, strategy="group", group_size=shape[1] // scale.shape[1])
-            result[name] = dequantize(codes, scale, args=args, dtype=torch.float32)
-    return result
-
-
-def same_codes(folder: Path, spec: str) -> dict[str, float]:
-    """Largest absolute difference of each decode from the weights that were trained."""
-    model, tokenizer, weights = trained(spec, steps=20)
-    pq.export(model, tokenizer, folder / "gguf", format="gguf")
-    pq.export(model, tokenizer, folder / "st", format="safetensors")
-    names = list(weights)
-    modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, pq.QuantizedLinear)}
-    decodes = {
-        "dequantize()": {n: modules[n].quantized.dequantize() for n in names},
-        "gguf-py": decoded_by_gguf_py(folder / "gguf/model.gguf", names),
-        "compressed-tensors": decoded_by_compressed_tensors(folder / "st/model.safetensors", names),
-    }
-    return {reader: max((found[n] - weights[n]).abs().max().item() for n in names) for reader, found in decodes.items()}
+def in_runtime(
+    section: str, format: Format, out: Path, torch_: InTorch, *, text: bool, perplexity: bool
+) -> Iterator[Row]:
+    runtime, path = check.runtime_of(format), locate(out, receipt.read(out))
+    stored = format.reader_module().read(path)
+    for exact in (True, False):
+        got = [torch.tensor(values) for values in runtime.logits(path, torch_.ids, exact=exact)]
+        compared = evaluate.compare_logits(torch_.ids, got, torch_.logits)
+        setting = "exact" if exact else "default"
+        bar = runtime.bar(stored, True) if exact else DEFAULT
+        error = check.relative_error(got, torch_.logits)
+        name = f"{format.name}, {runtime.NAME}, {setting}"
+        yield Row(section, f"{name}: logits", error, bar, f"same top token {100 * compared.same_top:.2f} %")
+        if exact and perplexity:
+            wanted = PERPLEXITY_LLAMA if format.name == "gguf" else PERPLEXITY
+            off = abs(compared.perplexity / torch_.perplexity - 1)
+            yield Row(section, f"{name}: perplexity", off, wanted, f"{compared.perplexity:.4f}")
+    made = runtime.generate(path, PROMPT, max_new_tokens=NEW_TOKENS).tokens
+    same = next((i for i, (a, b) in enumerate(zip(made, torch_.tokens, strict=False)) if a != b), len(torch_.tokens))
+    missed = len(torch_.tokens) - same
+    yield Row(section, f"{format.name}: greedy tokens unlike torch's", missed, 0 if text else None, f"of {NEW_TOKENS}")
 
 
-def logits_error(folder: Path, target: str) -> Any:
-    """What verify(run=True) finds for phi3-tiny in `target`: the file in its runtime against our model in torch."""
+def files(folder: Path, trained_in: Path) -> Iterator[Row]:
+    model, tokenizer = trained(trained_in)
+    torch_ = InTorch(model, tokenizer)
+    yield Row("files", "torch: perplexity", torch_.perplexity)
+    for format in FORMATS.values():
+        out = folder / format.name
+        try:
+            pq.export(model, tokenizer, out, format=format.name)
+            compared = same_codes(trained_in, out)
+            yield Row("files", f"{format.name}: other codes than the model's", 0 if compared.codes_ok else 1, 0)
+            yield from in_runtime("files", format, out, torch_, text=format.name != "gguf", perplexity=True)
+        except (pq.PhiquantError, ImportError, RuntimeError) as error:
+            yield Row("files", format.name, None, note=f"not run: {str(error).splitlines()[0][:90]}")
+
+
+def floats(folder: Path) -> Iterator[Row]:
     model, tokenizer = pq.load("phi3-tiny")
-    named = pq.target(target)
-    if named.spec is not None:
-        pq.quantize(model, target)
-    elif named.float_dtype == "float16":
-        model.half().float()  # the values of the file, so that only the runtime differs
-    out = folder / target.replace(":", "-")
-    pq.export(model, tokenizer, out, format=named.format, float_dtype=None if named.spec else named.float_dtype)
-    return pq.verify(out, run=True, reference=model).runtime
+    torch_ = InTorch(model, tokenizer)
+    for format in FORMATS.values():
+        out = folder / f"{format.name}-float"
+        try:
+            pq.export(model, tokenizer, out, format=format.name, float_dtype="float32")
+            yield from in_runtime("floats", format, out, torch_, text=True, perplexity=False)
+        except (pq.PhiquantError, ImportError, RuntimeError) as error:
+            yield Row("floats", format.name, None, note=f"not run: {str(error).splitlines()[0][:90]}")
+
+
+def tokenizers(folder: Path) -> Iterator[Row]:
+    texts = json.loads(TEXTS.read_text(encoding="utf-8"))
+    for vocabulary in ("phi-3-mini", "phi-4-mini"):
+        model, tokenizer = miniature(vocabulary)
+        expected = [tokenizer(text)["input_ids"] for text in texts]
+        for format in FORMATS.values():
+            out = folder / f"{format.name}-{vocabulary}"
+            try:
+                pq.export(model, tokenizer, out, format=format.name)
+                got = check.runtime_of(format).tokenize(locate(out, receipt.read(out)), texts)
+            except (pq.PhiquantError, ImportError, RuntimeError, AttributeError) as error:
+                yield Row("tokenizers", f"{format.name}, {vocabulary}", None, note=f"not run: {str(error)[:90]}")
+                continue
+            other = sum(a != b for a, b in zip(got, expected, strict=True))
+            note = f"of {len(texts)} texts differ; docs/runtimes/tokenizers.md names them"
+            yield Row("tokenizers", f"{format.name}, {vocabulary}", other, 0, note)
+
+
+def exports(paths: list[Path]) -> Iterator[Row]:
+    """Times as ours / theirs, so that less is better like everywhere here: the bar of 3 is 0.333."""
+    for path in paths:
+        for found in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            ours, theirs = (
+                np.median([run["seconds"] for run in found[side]] or [np.nan]) for side in ("ours", "theirs")
+            )
+            if found["theirs"]:
+                note = f"{ours:.1f} s against {theirs:.1f} s: {theirs / ours:.1f}x"
+                yield Row("export", f"{found['target']} / {found['peer']}: time", ours / theirs, 1 / 3, note)
+            yield Row("export", f"{found['target']}: peak memory, GiB", found["peak"] / 2**30, 1.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the figures to this file")
-    args = parser.parse_args()
+    sections = ("targets", "files", "floats", "tokenizers")
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--export", nargs="+", type=Path, default=[], metavar="FILE")
+    parser.add_argument("--model", type=Path, default=Path("build/qat-int4"))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
     print(machine())
-    ok = True
-    figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        for spec in ("gguf:Q4_0", "int3-g32-signmax-f16"):
-            found = same_codes(Path(temporary) / spec.replace(":", "-"), spec)
-            figures[f"QAT {spec}"] = found
-            ok &= not any(found.values())
-            listed = ", ".join(f"{reader} {difference:g}" for reader, difference in found.items())
-            print(f"QAT on {spec}: largest difference from the trained weights: {listed}  (bar 0)")
-        for target, bar in BARS.items():
-            run = logits_error(Path(temporary), target)
-            met = bar is None or run.relative_error <= bar
-            ok &= met
-            figures[target] = run.relative_error
-            verdict = f"bar {bar:g}  {'ok' if met else 'MISSED'}" if bar else ""
-            print(f"{target:26} {run.name:14} logits {run.relative_error:.2e}  {verdict}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")
-    sys.exit(0 if ok else 1)
+    made: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="phiquant-runtimes-") as place:
+        folder = Path(place)
+        runs: dict[str, Callable[[], Iterator[Row]]] = {
+            "targets": lambda: targets(folder, pq.load("phi3-tiny")[1]),
+            "files": lambda: files(folder, arguments.model),
+            "floats": lambda: floats(folder),
+            "tokenizers": lambda: tokenizers(folder),
+        }
+        for section in arguments.only:
+            for row in runs[section]():
+                made.append(row)
+                print(row, flush=True)
+        for row in exports(arguments.export):
+            made.append(row)
+            print(row)
+    if arguments.json:
+        rows = [{**asdict(row), "ok": row.ok} for row in made]
+        arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    sys.exit(0 if all(row.ok for row in made) else 1)
 
 
 if __name__ == "__main__":

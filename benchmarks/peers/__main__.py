@@ -18,9 +18,10 @@ def peak_memory() -> int:
 def main() -> None:
     name, checkpoint, out = sys.argv[1:4]
     peer = importlib.import_module(f"peers.{name}")
-    imports, began = peak_memory(), time.perf_counter()
+    imports, before, began = peak_memory(), time.process_time(), time.perf_counter()
     peer.convert(checkpoint, out)
-    print(json.dumps({"seconds": time.perf_counter() - began, "peak": peak_memory(), "imports": imports}))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - before
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak_memory(), "imports": imports}))
 
 
 main()

@@ -66,7 +66,7 @@ class CheckpointSource:
         following = slice(rows.stop, min(2 * rows.stop - rows.start, entry.shape[0] if entry.shape else 1))
         if following.start < following.stop:
             self._ahead = (entry.name, following, self._reader.submit(self._piece, entry, following))
-        return piece  # type: ignore[no-any-return]
+        return piece
 
     def _piece(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
         stored, first = self._places[entry.name]
