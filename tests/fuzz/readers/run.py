@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SILENCE = 5.0  # seconds that one small folder may take
-START = 120.0  # seconds for imports and seeds
+START = 300.0  # seconds for imports and seeds
 MOST = 20  # faults, after which a subject is given up
 _HERE = Path(__file__).parent
 
