@@ -17,7 +17,17 @@ from phiquant.compression import compressed_size, read_compressed
 from phiquant.formats.registry import FORMATS
 from phiquant.testing import random_phi3
 
-_LEFT_OUT = ("tokenizer", "special_tokens", "chat_template", "generation_config", "receipt", "vocab", "merges")
+_LEFT_OUT = (
+    "tokenizer",
+    "special_tokens",
+    "chat_template",
+    "generation_config",
+    "receipt",
+    "vocab",
+    "merges",
+    "openvino_tok",
+    "openvino_detok",
+)
 # The grids of a format's seeds; of the others, its first two and its first float target.
 _GRIDS = {"gguf": ("gguf:Q4_0", "gguf:Q4_1", "gguf:F16"), "safetensors": ("safetensors:int4-g32", "safetensors:BF16")}
 
