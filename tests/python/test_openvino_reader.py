@@ -169,14 +169,14 @@ def test_a_bin_that_is_cut_off(kept: int, out: Path) -> None:
 @pytest.mark.parametrize("name", ["openvino_model.xml", "openvino_model.bin", "config.json"])
 def test_a_missing_file(name: str, out: Path) -> None:
     (out / name).unlink()
-    with pytest.raises(PhiquantError, match=f"cannot read .*{name}"):
+    with pytest.raises(PhiquantError, match=rf"cannot read .*{name}|{name}: no such file"):
         everything(out)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1' + ' ,"b": [' * 100_000, "\ud800"])
 def test_a_wrong_config(text: str, out: Path) -> None:
     (out / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(PhiquantError, match=r"cannot read .*config\.json"):
+    with pytest.raises(PhiquantError, match=r"config\.json (is not valid JSON|must hold a JSON object)"):
         everything(out)
 
 
