@@ -10,7 +10,9 @@ import pytest
 import torch
 from phiquant.formats import qnn_reader
 from phiquant.formats.qnn_graph import UNIT, Grid
+from phiquant.formats.registry import FORMATS
 from phiquant.miniatures import MINIATURES
+from phiquant.runtimes import long
 from phiquant.runtimes import qnn as runtime
 from phiquant.stream import quantize_checkpoint
 from qnn_cases import CONTEXT, PREFILL, error, expected, export, quantized, windows
@@ -26,6 +28,7 @@ CASES = {
     "int4": {"target": "qnn:a16w4"},
     "head": {"head": True},
     "tied": {"tie_word_embeddings": True},
+    "tied codes": {"tie_word_embeddings": True, "head": True},
     "window": {"sliding_window": 12},
     "short factors": {**LONGROPE, "original_max_position_embeddings": 64, "max_position_embeddings": 128},
     "long factors": {**LONGROPE, "original_max_position_embeddings": 16, "max_position_embeddings": 128},
@@ -50,8 +53,10 @@ def test_logits_are_those_of_torch_on_the_same_codes(case, tokenizer, tmp_path):
     model = quantized(**case)
     export(model, tokenizer, tmp_path)
     stored = qnn_reader.read(tmp_path)
+    tied = model.config.tie_word_embeddings
+    assert tied != ("lm_head.weight" in stored)
     for name, whole in codes_of(model).items():
-        if f"{name}.weight" in stored:  # a tied head is the embedding
+        if name != "lm_head" or not tied:
             assert stored[f"{name}.weight"].quantized().digests() == whole.digests()
     whole_rows = runtime.logits(tmp_path, ROWS)
     assert error(whole_rows, expected(model, ROWS)) <= 5e-3
@@ -260,3 +265,22 @@ def test_miniatures_keep_their_codes(name, target, tmp_path):
     rows = (windows(2, CONTEXT, seed=1) % vocabulary).tolist()
     bar = 2e-1 if target == "qnn:a8w8" else 2e-2
     assert error(runtime.logits(tmp_path, rows), expected(model, rows)) <= bar
+
+
+def test_the_gate_of_long_texts(tokenizer, tmp_path, monkeypatch):
+    sizes = {**LONGROPE, "original_max_position_embeddings": 48, "max_position_embeddings": 128}
+    model = quantized(**sizes)
+    texts = {"context": 80, "calibration": windows(2, 80)}
+    export(model, tokenizer, tmp_path / "right", **texts)
+    config = json.loads(model.config.to_json_string()) | {"architectures": ["Phi3ForCausalLM"]}
+    found = long.run(FORMATS["qnn"], tmp_path / "right", config)
+    assert found.ok, str(found)
+    assert [one.deviation is not None for one in found.lengths] == [one.tokens <= 48 for one in found.lengths]
+    monkeypatch.setattr("phiquant.formats.qnn._long", lambda rope, context: False)
+    export(model, tokenizer, tmp_path / "wrong", **texts)
+    assert not long.run(FORMATS["qnn"], tmp_path / "wrong", config).ok
+
+
+def test_bars_follow_the_width_of_activations(folder, tokenizer, tmp_path):
+    export(quantized(), tokenizer, tmp_path, activations="uint8-tensor-asym")
+    assert runtime.bar(qnn_reader.read(folder[1]), True) < runtime.bar(qnn_reader.read(tmp_path), True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ _MOST_BYTES = 1 << 30  # of a graph without its weights
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a graph says of a weight: type, shape, first byte of its codes and of its scales; the grid of a norm."""
+    """What a graph says of a weight: type, shape, first byte of its codes and of its scales; the grid of a norm.
+
+    narrow: its products are rounded to 8 bits.
+    """
 
     type: str
     shape: tuple[int, ...]
     offset: int
     scale: int | None = None
     grid: tuple[float, int] | None = None
+    narrow: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -123,15 +127,24 @@ def read(path: str | Path) -> dict[str, StoredTensor]:
     (mapped,) = data.values() if len(data) == 1 else (None,)
     if mapped is None:
         raise PhiquantError(f"{folder}: the stages name {len(data)} data files instead of one; export again")
-    if pieces.get("lm_head", 0) == pieces.get("model.embed_tokens"):
+    head, table = pieces.get("lm_head"), pieces.get("model.embed_tokens")
+    if head and table and (head.type, head.shape, head.offset) == (table.type, table.shape, table.offset):
         pieces.pop("lm_head")  # tied: the same bytes
     found = _fused(pieces)
     return {f"{m}.weight": QnnTensor(f"{m}.weight", p.type, p.shape, mapped, p) for m, p in found.items()}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The Hugging Face config.json beside the graphs."""
-    file = Path(path) / "config.json"
+    """The Hugging Face config.json beside the graphs, and the tokens that they see at once: "static_context"."""
+    folder = Path(path)
+    mask = next((v for v in _parse(folder / "decode.onnx").graph.input if v.name == "attention_mask"), None)
+    sizes = [int(d.dim_value) for d in mask.type.tensor_type.shape.dim] if mask else []
+    if len(sizes) != 2 or sizes[1] < 1:
+        raise PhiquantError(f"{folder / 'decode.onnx'} has no attention_mask of a fixed size; export again")
+    return {**_config(folder / "config.json"), "static_context": sizes[1]}
+
+
+def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -147,6 +160,7 @@ def _pieces(folder: Path, name: str, data: dict[str, np.ndarray]) -> Iterator[tu
     model = _parse(file)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     grids = {n.input[0]: n.input[1:3] for n in model.graph.node if n.op_type == "DequantizeLinear" and len(n.input) > 2}
+    narrow = _narrow(model.graph, constants)
     for weight, tensor in constants.items():
         if not weight.endswith(".weight"):
             continue
@@ -160,11 +174,26 @@ def _pieces(folder: Path, name: str, data: dict[str, np.ndarray]) -> Iterator[tu
             grid = _grid(file, weight, [constants.get(name) for name in grids.get(weight, ())])
         if (scale is None) == (kind in ("INT8", "INT4")):
             raise PhiquantError(f"{file}: {weight} is {kind}, {'without' if scale is None else 'with'} scales")
-        yield weight.removesuffix(".weight"), _Piece(kind, tuple(int(n) for n in tensor.dims), offset, scale, grid)
+        yield (
+            weight.removesuffix(".weight"),
+            _Piece(kind, tuple(int(n) for n in tensor.dims), offset, scale, grid, narrow),
+        )
+
+
+def _narrow(graph: Any, constants: dict[str, Any]) -> bool:
+    """Whether the graph rounds what its linears give to 8 bits."""
+    given = {node.output[0] for node in graph.node if node.op_type == "Gemm"}
+    zeros = [
+        n.input[2] for n in graph.node if n.op_type == "QuantizeLinear" and len(n.input) > 2 and n.input[0] in given
+    ]
+    uint8 = need("onnx", extra="qnn").TensorProto.UINT8
+    return any(zero in constants and constants[zero].data_type == uint8 for zero in zeros)
 
 
 def _parse(file: Path) -> Any:
     onnx = need("onnx", extra="qnn")
+    if not file.is_file():
+        raise PhiquantError(f"{file} is missing; export again")
     if file.stat().st_size > _MOST_BYTES:
         raise PhiquantError(f"{file} has {file.stat().st_size:,} bytes; no graph without its weights is that large")
     try:
@@ -247,4 +276,4 @@ def _joined(rows: list[_Piece]) -> _Piece | None:
         if (piece.type, piece.shape[1:], piece.offset, piece.scale) != (first.type, first.shape[1:], place, scale):
             return None
         count += piece.shape[0]
-    return _Piece(first.type, (count, *first.shape[1:]), first.offset, first.scale)
+    return replace(first, shape=(count, *first.shape[1:]))

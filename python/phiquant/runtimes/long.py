@@ -137,15 +137,31 @@ def _mlx(config: Config, told: Config, count: int) -> Deviation | None:
     if rope.long:
         one = "short" if _short_throughout(rope, read_rope(told)) else "long"
         if one != _factors(rope, count):
-            key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-            factors = rope.short if one == "short" else rope.long
-            changed[key] = {**changed[key], "short_factor": factors, "long_factor": factors}
+            changed |= _one_set(config, rope.short if one == "short" else rope.long)
             said.append(f"mlx-lm uses one set of LongRoPE factors at every length, in this file the {one} ones")
     return (changed, "; ".join(said)) if said else None
 
 
+def _qnn(config: Config, told: Config, count: int) -> Deviation | None:
+    rope, context = read_rope(config), int(told.get("static_context", 0))
+    if rope.long is None or count > rope.original_context or context <= rope.original_context:
+        return None
+    sentence = f"a QNN graph with a context of {context} tokens has LongRoPE's long factors at every length"
+    return {**config, **_one_set(config, rope.long)}, sentence
+
+
+def _one_set(config: Config, factors: list[float] | None) -> Config:
+    """The part of the config that says the factors, with the same ones at every length."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return {key: {**config[key], "short_factor": factors, "long_factor": factors}}
+
+
 # What a runtime is documented to compute otherwise: docs/long-context.md. The others compute what the model says.
-_DEVIATIONS: dict[str, Callable[[Config, Config, int], Deviation | None]] = {"llamacpp": _llama_cpp, "mlx": _mlx}
+_DEVIATIONS: dict[str, Callable[[Config, Config, int], Deviation | None]] = {
+    "llamacpp": _llama_cpp,
+    "mlx": _mlx,
+    "qnn": _qnn,
+}
 
 
 def _deviation(format: Format, config: Config, told: Config, count: int) -> Deviation | None:
