@@ -107,7 +107,7 @@ class ReaderSource:
             return
         yield entry
         for target in TARGETS.values():
-            if target.format == self._format.name and target.spec not in (None, entry.spec) and not target.activations:
+            if target.format == self._format.name and target.spec not in (None, entry.spec):
                 yield dataclasses.replace(entry, spec=target.spec)
 
     def _dtype(self, stored: StoredTensor) -> FloatName:

@@ -130,15 +130,13 @@ def bits_of_layers(found: Found) -> float:
 
 def _stored(tensor: StoredTensor) -> Stored:
     """A file that stores a tensor under a name, not as a type, is told by the grid or the dtype."""
-    spec, kind = tensor.spec, tensor.stored_as
-    if spec is None:
-        dtype = tensor.raw(slice(0, 1)).dtype
-        bits, grid = float(8 * dtype.itemsize), _DTYPES.get(dtype.name, dtype.name)
-    else:
-        bits, grid = spec.bits_per_weight(tensor.shape), str(spec)
+    grid, kind = str(tensor.spec), tensor.stored_as
+    if tensor.spec is None:
+        dtype = tensor.raw(slice(0, 1)).dtype.name
+        grid = _DTYPES.get(dtype, dtype)
     if kind.startswith(tensor.name.removesuffix("weight")):
         kind = grid
-    return Stored(tensor.name, kind, tensor.shape, math.ceil(bits * math.prod(tensor.shape) / 8), grid)
+    return Stored(tensor.name, kind, tensor.shape, tensor.nbytes, grid)
 
 
 def safetensors_tensors(files: Iterable[Path]) -> list[Stored]:

@@ -119,8 +119,9 @@ def _is(format: Format, folder: Path) -> bool:
     """Whether a folder with the weight files of `format` is in it: several formats store safetensors, or ONNX."""
     if format.name in ("safetensors", "mlx"):
         return ("quantization" in _config(folder)) == (format.name == "mlx")
-    recognizes = getattr(format.reader_module(), "recognizes", None)
-    return recognizes is None or bool(recognizes(folder))
+    if format.name in ("onnx", "qnn"):  # QNN's graphs are static: one for prompts, one for a token
+        return (folder / "decode.onnx").is_file() == (format.name == "qnn")
+    return True
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -100,6 +100,12 @@ class MLXTensor(StoredTensor):
         return np.array(mx.dequantize(words, mx.array(scales), **options))
 
     @property
+    def nbytes(self) -> int:
+        """Of all that is stored: a signed grid too has minimums in the file."""
+        beside = {None: [], "affine": [self._scales, self._biases]}.get(self.mode, [self._scales])
+        return sum(self.files.place(name).nbytes for name in (self.name, *beside))
+
+    @property
     def _scales(self) -> str:
         return f"{self.name.removesuffix('.weight')}.scales"
 

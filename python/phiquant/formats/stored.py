@@ -7,6 +7,7 @@ N = rows, K = values of a row.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class StoredTensor(ABC):
     @abstractmethod
     def reference(self, rows: slice | None = None) -> np.ndarray:
         """The real values as the format's own library decodes them, float32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the file spends on it, those of its parameters included."""
+        if self.spec is None:
+            return math.prod(self.shape) * self.raw(slice(0, 1)).dtype.itemsize
+        return math.ceil(self.spec.bits_per_weight(self.shape) * math.prod(self.shape) / 8)
 
     def digests(self, spec: QuantSpec | None) -> dict[str, str]:
         """What the receipt lists: SHA-256 of codes and parameters in the words of `spec`, or of the float bytes."""
