@@ -87,4 +87,5 @@ $(VENV)/.package: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.package
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) onnxruntime-qnn coloredlogs humanfriendly || echo 'onnxruntime-qnn does not install here: its emulator is not tested'
 	touch $@
