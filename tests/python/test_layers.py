@@ -125,6 +125,8 @@ def test_solvers_know_no_model_and_no_format(path):
 FORMATS_MAY = {
     "tensor",
     "spec",
+    "quant_spec",
+    "grid_text",
     "targets",
     "models",
     "errors",
