@@ -38,7 +38,8 @@ def test_one_set_of_codes_in_two_formats(
     for row, error in zip(rows, (2e-2, 1e-6), strict=True):
         assert row.relative_error <= error
         assert row.perplexity == pytest.approx(measured.perplexity, rel=5e-3)
-    assert rows[1].same_text
+    assert rows[1].same_tokens
+    assert abs(rows[1].perplexity_change_default) < 1e-5
     assert rows[1].same_top == 1
     report = demo_all.report(rows, measured, 1.0)
     assert json.loads(json.dumps(report))["ok"] is True
@@ -51,7 +52,7 @@ def test_what_is_missing_or_fails_is_told(
     phi3_tiny: tuple[Any, Any], tmp_path: Path, ui: Ui, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = phi3_tiny
-    measured = demo_all.Measured([[1, 2]], [], 1.0, "")
+    measured = demo_all.Measured([[1, 2]], [], 1.0, [])
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PhiquantError("it does not hold this grid\nsecond line")
@@ -70,4 +71,4 @@ def test_what_is_missing_or_fails_is_told(
 
 def test_another_codes_are_no_success() -> None:
     row = demo_all.Row("gguf", "llama.cpp", verified=True, same_codes=False)
-    assert demo_all.report([row], demo_all.Measured([], [], 1.0, ""), 1.0)["ok"] is False
+    assert demo_all.report([row], demo_all.Measured([], [], 1.0, []), 1.0)["ok"] is False
