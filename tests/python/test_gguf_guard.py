@@ -118,7 +118,9 @@ def test_types_that_are_listed_and_not_decoded(kind: int, name: str, size: int, 
 
 
 def test_a_name_that_no_phi_has(tmp_path: Path) -> None:
-    with pytest.raises(PhiquantError, match=r"has a tensor 'blk\.0\.ffn_gate\.weight', which no Phi-3 model has"):
+    with pytest.raises(
+        PhiquantError, match=r"x\.gguf has a tensor 'blk\.0\.ffn_gate\.weight', which no Phi-3 model has"
+    ):
         gguf_reader.read(build(tmp_path / "x.gguf", [], [line("blk.0.ffn_gate.weight")]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from ..errors import PhiquantError
 
@@ -27,11 +28,11 @@ _LAYER = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, path: Path | str = "the GGUF file") -> str:
     """ "blk.3.ffn_down.weight" -> "model.layers.3.mlp.down_proj.weight". PhiquantError for what no Phi-3 has."""
     if name in _WHOLE:
         return _WHOLE[name]
     found = _BLOCK.fullmatch(name)
     if found is None or found[2] not in _LAYER:
-        raise PhiquantError(f"the GGUF file has a tensor {name!r}, which no Phi-3 model has")
+        raise PhiquantError(f"{path} has a tensor {name!r}, which no Phi-3 model has")
     return f"model.layers.{found[1]}.{_LAYER[found[2]]}.weight"

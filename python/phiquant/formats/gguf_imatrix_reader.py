@@ -41,7 +41,7 @@ def read(path: str | Path) -> dict[str, Importance]:
     with open(path, "rb") as file:
         modern = file.read(4) == b"GGUF"
     found = _read_gguf(path) if modern else _read_legacy(path)
-    return {hf_name(name).removesuffix(".weight"): one for name, one in found.items()}
+    return {hf_name(name, path).removesuffix(".weight"): one for name, one in found.items()}
 
 
 def _read_gguf(path: Path) -> dict[str, Importance]:

@@ -152,7 +152,7 @@ def read(path: str | Path) -> dict[str, GGUFTensor]:
         scale = arrays.get(f"{place.name.removesuffix('.weight')}.scale")
         if scale is not None and (scale.shape != (1,) or scale.dtype != np.float32):
             raise PhiquantError(f"{path}: the scale of {place.name} is not one float32 value")
-        tensor = GGUFTensor(hf_name(place.name), place.kind, place.shape, arrays[place.name], scale)
+        tensor = GGUFTensor(hf_name(place.name, path), place.kind, place.shape, arrays[place.name], scale)
         found[tensor.name] = tensor
     return found
 

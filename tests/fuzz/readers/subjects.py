@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import phiquant as pq
 import torch
 from mutate import Files
@@ -29,7 +30,10 @@ _LEFT_OUT = (
     "openvino_detok",
 )
 # The grids of a format's seeds; of the others, its first two and its first float target.
-_GRIDS = {"gguf": ("gguf:Q4_0", "gguf:Q4_1", "gguf:F16"), "safetensors": ("safetensors:int4-g32", "safetensors:BF16")}
+_GRIDS = {
+    "gguf": ("gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:IQ4_XS", "gguf:TQ2_0", "gguf:NVFP4", "gguf:F16"),
+    "safetensors": ("safetensors:int4-g32", "safetensors:BF16"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def subjects() -> dict[str, Subject]:
     formats = {name: Subject(lambda name=name: _exports(name), lambda f, name=name: _read(name, f)) for name in FORMATS}
     return {
         **formats,
+        "imatrix": Subject(_imatrices, lambda folder: pq.imatrix.read(folder / "imatrix")),
         "checkpoint": Subject(_checkpoints, _read_checkpoint),
         "receipt": Subject(_receipts, lambda folder: pq.verify(folder, decode=False)),
         "compressed": Subject(_compressed, _read_compressed),
@@ -85,6 +90,17 @@ def _export(target: str, left_out: tuple[str, ...] = _LEFT_OUT) -> Files:
         pq.export(model, tokenizer, folder, format=named.format, float_dtype=None if named.spec else named.float_dtype)
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         return {name: path.read_bytes() for name, path in files.items() if not name.startswith(left_out)}
+
+
+def _imatrices() -> list[Files]:
+    """Both forms of an importance matrix."""
+    seeds: list[Files] = []
+    matrices = {f"model.layers.{i}.mlp.down_proj": pq.imatrix.Importance(np.ones(64, np.float32), 900) for i in (0, 1)}
+    for legacy in (False, True):
+        with _folder() as folder:
+            pq.imatrix.write(folder / "imatrix", matrices, legacy=legacy, datasets=["text"])
+            seeds.append({"imatrix": (folder / "imatrix").read_bytes()})
+    return seeds
 
 
 def _receipts() -> list[Files]:
