@@ -27,7 +27,7 @@ class Int:
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 and self.bits != 16:
-            raise ValueError(f"an integer code has 1 to 8 bits, or 16 for activations, not {self.bits}")
+            raise ValueError(f"an integer code has 1 to 8 bits, not {self.bits}; activations may have 16")
 
     @property
     def qmin(self) -> int:

@@ -25,7 +25,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..models import decoder, phi
 from ..models.rope import Rope, read_rope
-from ..quant_spec import QuantSpec
+from ..spec import QuantSpec
 from ..spec import spec as read_spec
 from ..targets import TARGETS
 from . import onnx_file, qnn_genai, receipt

@@ -10,8 +10,8 @@ import torch
 
 from .._extension import load
 from ..errors import PhiquantError
-from ..grid_text import read_grid
 from ..models import decoder, phi
+from ..spec import spec as read_spec
 from ..tensor import QuantizedTensor
 from . import receipt
 from .onnx_file import DataFile
@@ -21,7 +21,7 @@ from .source import Entry, Source, row_slices
 
 _C = load()
 DATA = "model.onnx.data"
-_TYPES = {read_grid("int8-channel-sym"): "int8", read_grid("int4-channel-sym"): "int4"}
+_TYPES = {read_spec("int8-channel-sym"): "int8", read_spec("int4-channel-sym"): "int4"}
 
 
 def check(entry: Entry) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 
 from ..errors import PhiquantError
 from ..extras import need
-from ..grid_text import read_grid
-from ..quant_spec import QuantSpec
+from ..spec import QuantSpec
+from ..spec import spec as read_spec
 from .receipt import is_plain_name
 from .stored import Parts, StoredTensor
 
@@ -56,7 +56,7 @@ class QnnTensor(StoredTensor):
 
     @property
     def spec(self) -> QuantSpec | None:
-        return {"INT8": read_grid("int8-channel-sym"), "INT4": read_grid("int4-channel-sym")}.get(self.piece.type)
+        return {"INT8": read_spec("int8-channel-sym"), "INT4": read_spec("int4-channel-sym")}.get(self.piece.type)
 
     def parts(self, spec: QuantSpec, rows: slice | None = None) -> Parts:
         if spec != self.spec:
