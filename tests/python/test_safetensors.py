@@ -202,6 +202,12 @@ def test_a_grid_that_does_not_fit_is_refused_with_the_nearest_that_does(
         check(Entry("a.weight", shape, spec(text)))
 
 
+def test_an_embedding_of_packed_floats_is_refused() -> None:
+    message = r"embed_tokens\.weight: .* asks the embedding for its weight.*Nearest that can: 'safetensors:BF16'"
+    with pytest.raises(PhiquantError, match=message):
+        check(Entry("model.embed_tokens.weight", (64, 128), spec("safetensors:mxfp4")))
+
+
 def test_slices_of_a_fused_linear_are_refused() -> None:
     with pytest.raises(PhiquantError, match=r"q_proj\.weight: .* the slices of a fused linear share one scheme"):
         check(Entry("model.layers.0.self_attn.q_proj.weight", (64, 128), spec("int4-g32-sym-f16")))

@@ -28,7 +28,7 @@ import torch
 from .. import ops
 from ..errors import PhiquantError
 from ..models import phi
-from ..spec import Float, Int, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Ternary
+from ..spec import TARGETS, Float, Int, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Ternary
 from ..targets.nearest import nearest
 from . import receipt
 from .safetensors_folder import FLOATS, Part
@@ -225,10 +225,12 @@ def check(entry: Entry) -> None:
     if entry.spec is None:
         return
     if reason := _misfit(entry, entry.spec):
+        name = nearest("safetensors", entry.shape, entry.spec)
+        if TARGETS[name].spec == entry.spec:  # it fits other tensors than this one
+            name = "safetensors:BF16"
         raise PhiquantError(
             f"{entry.name}: safetensors (compressed-tensors) cannot hold {entry.spec} exactly: {reason}. Nearest "
-            f"that can: {nearest('safetensors', entry.shape, entry.spec)!r}. Quantize with it; export never rounds "
-            "again"
+            f"that can: {name!r}. Quantize with it; export never rounds again"
         )
 
 

@@ -38,7 +38,8 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("the prompt is empty")
     steps = list(stream_generate(load(request), tokenizer, tokens, max_tokens=request["max_new_tokens"]))
     new = [int(step.token) for step in steps]
-    return {"prompt_tokens": tokens, "tokens": new, "text": "".join(step.text for step in steps)}
+    # The text of the steps themselves would lack the space that it begins with.
+    return {"prompt_tokens": tokens, "tokens": new, "text": tokenizer.decode(new, skip_special_tokens=True)}
 
 
 def act(request: dict[str, Any], folder: Path) -> dict[str, Any]:
