@@ -14,6 +14,7 @@ from phiquant import PhiquantError, UnsupportedModelError
 from phiquant.checkpoint import Checkpoint
 from phiquant.compression import read_compressed
 from phiquant.formats import safetensors_reader
+from phiquant.formats.registry import FORMATS
 from phiquant.models import phi
 from phiquant.untrusted import naming, read_json
 
@@ -138,3 +139,13 @@ def test_a_scheme_of_compressed_tensors_that_makes_no_sense_is_refused(
 def _read_all(folder: Path) -> None:
     for tensor in safetensors_reader.read(folder).values():
         tensor.digests(tensor.spec)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_reader_names_the_file(name: str, tmp_path: Path) -> None:
+    """A truncated data file of QNN was numpy's error, its config.json a device's endless text."""
+    reader = FORMATS[name].reader_module()
+    for read in (reader.read, reader.read_config):
+        assert hasattr(read, "__wrapped__"), f"{read.__name__} of {name} lacks @untrusted.reader"
+        with pytest.raises(PhiquantError, match=str(tmp_path)):
+            read(tmp_path / "missing")

@@ -6,7 +6,6 @@ tensor where their codes lie side by side. N = rows, K = values of a row.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..spec import QuantSpec
 from ..spec import spec as read_spec
+from ..untrusted import read_json, reader
 from .receipt import is_plain_name
 from .stored import Parts, StoredTensor
 
@@ -112,6 +112,7 @@ class QnnTensor(StoredTensor):
         return bytes_.view("<f4")[rows or slice(None), None]
 
 
+@reader
 def read(path: str | Path) -> dict[str, StoredTensor]:
     """Every tensor by its Hugging Face name. PhiquantError for files that are damaged or do not fit together."""
     folder = Path(path)
@@ -134,6 +135,7 @@ def read(path: str | Path) -> dict[str, StoredTensor]:
     return {f"{m}.weight": QnnTensor(f"{m}.weight", p.type, p.shape, mapped, p) for m, p in found.items()}
 
 
+@reader
 def read_config(path: str | Path) -> dict[str, Any]:
     """The Hugging Face config.json beside the graphs, and the tokens that they see at once: "static_context"."""
     folder = Path(path)
@@ -141,17 +143,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     sizes = [int(d.dim_value) for d in mask.type.tensor_type.shape.dim] if mask else []
     if len(sizes) != 2 or sizes[1] < 1:
         raise PhiquantError(f"{folder / 'decode.onnx'} has no attention_mask of a fixed size; export again")
-    return {**_config(folder / "config.json"), "static_context": sizes[1]}
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PhiquantError(f"{file} cannot be read ({error}); export again") from error
-    if not isinstance(config, dict):
-        raise PhiquantError(f"{file} holds no object; export again")
-    return config
+    return {**read_json(folder / "config.json"), "static_context": sizes[1]}
 
 
 def _pieces(folder: Path, name: str, data: dict[str, np.ndarray]) -> Iterator[tuple[str, _Piece]]:
