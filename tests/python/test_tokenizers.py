@@ -31,8 +31,6 @@ DIFFERENT: dict[tuple[str, str], set[str]] = {
     ("onnx", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x", " " * 100 + "x"},
     # openvino-tokenizers takes a text that is spelled like a token which no merge makes for that token.
     ("openvino", "phi-3-mini"): {"<0x41> <0x0A>", "<unused3>"},
-    # GenAI as well; and it cuts very long texts without a space mark in the middle.
-    ("onnx", "phi-3-mini"): {"<|end|> \u00a0x", "<|end|>\u3000x", " " * 100 + "x"},
 }
 
 
