@@ -24,7 +24,8 @@ _O200K = "|".join([
 # pattern and is known since May 2026; docs/runtimes/tokenizers.md says how to run the file in older builds.
 _PRE = {_GPT2: "gpt-2", _CL100K: "dbrx", _O200K: "granite-embed-multi-97m"}
 _PREFERS_WORDS = "granite-embed-multi-97m"  # it takes a word that is in the vocabulary before it merges
-PATTERNS = {name: pattern for pattern, name in _PRE.items()}  # and back
+# And back: of a file with the older name, the tokenizer it was made of had the whole pattern.
+PATTERNS = {name: pattern for pattern, name in _PRE.items()} | {"gpt-4o": _O200K}
 
 
 def is_byte_level(tokenizer: dict[str, Any]) -> bool:
