@@ -141,6 +141,12 @@ def _read_all(folder: Path) -> None:
         tensor.digests(tensor.spec)
 
 
+def test_a_receipt_of_a_format_that_there_is_not(tmp_path: Path) -> None:
+    (tmp_path / "receipt.json").write_text('{"format": "gguff", "files": {}, "tensors": []}')
+    with pytest.raises(PhiquantError, match=rf"{tmp_path}/receipt\.json .*unknown format 'gguff'"):
+        pq.verify(tmp_path)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_reader_names_the_file(name: str, tmp_path: Path) -> None:
     """A truncated data file of QNN was numpy's error, its config.json a device's endless text."""

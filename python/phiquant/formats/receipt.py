@@ -28,6 +28,7 @@ from ..spec import TARGETS
 from ..tensor import PARAMETERS, QuantizedTensor
 from ..untrusted import read_json
 from .partial import write_atomically
+from .registry import FORMATS
 from .source import Entry
 
 NAME = "receipt.json"
@@ -186,6 +187,8 @@ def is_plain_name(name: object) -> bool:
 def _problem(data: Any) -> str | None:
     if not isinstance(data, dict) or not isinstance(data.get("format"), str):
         return "it is not an object with a format"
+    if data["format"] not in FORMATS:
+        return f"unknown format {data['format']!r}; known formats: {', '.join(FORMATS)}"
     files, tensors = data.get("files"), data.get("tensors")
     if not isinstance(files, dict) or not isinstance(tensors, list):
         return "it has no files or no tensors"
