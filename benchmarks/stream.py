@@ -55,8 +55,8 @@ def race(rounds: int) -> dict[str, Any]:
     """Quantize and pack 3072 x 8192 fp32 to Q4_0, ours and gguf-py's, interleaved, one thread."""
     import gguf
     from phiquant import TARGETS, quantize_tensor
-    from phiquant.formats.gguf_pack import pack
-    from phiquant.formats.gguf_types import TYPES
+    from phiquant.formats.gguf.pack import pack
+    from phiquant.formats.gguf.types import TYPES
     from phiquant.formats.source import Entry, row_slices
 
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .errors import PhiquantError
-from .formats.safetensors_header import INDEX, SINGLE, Place, read_header, read_index
+from .formats.safetensors.header import INDEX, SINGLE, Place, read_header, read_index
 from .load import read_config
 from .models import phi
 from .spec import FloatName

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PhiquantError
-from .formats.gguf_imatrix import CHUNK, write
-from .formats.gguf_imatrix_reader import Importance, read
+from .formats.gguf.imatrix import CHUNK, write
+from .formats.gguf.imatrix_reader import Importance, read
 from .models import phi
 from .statistics import Statistics
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from .errors import PhiquantError
 from .extras import need
-from .formats import gguf_reader
 from .formats.detect import Found
-from .formats.gguf_tokenizer_files import write_tokenizer
+from .formats.gguf import reader as gguf_reader
+from .formats.gguf.tokenizer_files import write_tokenizer
 from .formats.stored import StoredTensor
 from .granularity import PerChannel, PerGroup
 from .models import phi

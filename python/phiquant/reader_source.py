@@ -14,9 +14,9 @@ import torch
 
 from .checkpoint import file_identity
 from .errors import PhiquantError
-from .formats import gguf_reader
 from .formats.detect import Found
-from .formats.gguf_tokenizer_files import write_tokenizer
+from .formats.gguf import reader as gguf_reader
+from .formats.gguf.tokenizer_files import write_tokenizer
 from .formats.receipt import version
 from .formats.registry import Format
 from .formats.source import Entry, row_slices

@@ -11,8 +11,8 @@ import phiquant as pq
 import pytest
 import torch
 from phiquant import PhiquantError
-from phiquant.formats import safetensors_folder
 from phiquant.formats.registry import find
+from phiquant.formats.safetensors import folder as safetensors_folder
 from phiquant.model_source import ModelSource
 
 TARGETS = {"gguf": "gguf:Q4_0", "safetensors": "safetensors:int4-g32"}
@@ -48,7 +48,7 @@ def regions(out: Path) -> dict[str, int]:
     path = weights(out)
     if path.suffix == ".gguf":
         import gguf
-        from phiquant.formats.gguf_hf_names import hf_name
+        from phiquant.formats.gguf.hf_names import hf_name
 
         return {hf_name(t.name): int(t.data_offset + t.n_bytes // 2) for t in gguf.GGUFReader(path).tensors}
     raw = path.read_bytes()

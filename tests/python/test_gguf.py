@@ -12,11 +12,13 @@ import pytest
 import torch
 from gguf_cases import Tensors
 from phiquant.errors import PhiquantError, UnsupportedModelError
-from phiquant.formats import gguf, gguf_reader, receipt
-from phiquant.formats.gguf_hf_names import hf_name
-from phiquant.formats.gguf_names import gguf_name
-from phiquant.formats.gguf_tokenizer import model_name
-from phiquant.formats.gguf_vocab import Vocabulary
+from phiquant.formats import receipt
+from phiquant.formats.gguf import reader as gguf_reader
+from phiquant.formats.gguf import writer as gguf
+from phiquant.formats.gguf.hf_names import hf_name
+from phiquant.formats.gguf.names import gguf_name
+from phiquant.formats.gguf.tokenizer import model_name
+from phiquant.formats.gguf.vocab import Vocabulary
 from phiquant.formats.source import Entry
 from phiquant.models import phi
 from phiquant.models.rope import read_rope

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from phiquant.errors import PhiquantError
-from phiquant.formats import gguf_guard, gguf_reader
+from phiquant.formats.gguf import guard as gguf_guard
+from phiquant.formats.gguf import reader as gguf_reader
 
 
 def text(value: str | bytes) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import phiquant as pq
 import pytest
 from phiquant import testing
-from phiquant.formats.gguf_types import QUANTIZED
+from phiquant.formats.gguf.types import QUANTIZED
 from phiquant.models import phi
 from phiquant.recipe import Recipe
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gguf_cases import Tensors, stored_model
 from phiquant.errors import PhiquantError
-from phiquant.formats import gguf, gguf_reader
+from phiquant.formats.gguf import reader as gguf_reader
+from phiquant.formats.gguf import writer as gguf
 from phiquant.recipe import Recipe, as_recipe
 from phiquant.runtimes import llamacpp
 from phiquant.targets import target

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from gguf_cases import Tensors
 from phiquant.errors import PhiquantError
-from phiquant.formats import gguf, gguf_bpe, gguf_spm
-from phiquant.formats.gguf_tokenizer import read_vocabulary
-from phiquant.formats.gguf_vocab import CONTROL, UNUSED, read_files
+from phiquant.formats.gguf import bpe as gguf_bpe
+from phiquant.formats.gguf import spm as gguf_spm
+from phiquant.formats.gguf import writer as gguf
+from phiquant.formats.gguf.tokenizer import read_vocabulary
+from phiquant.formats.gguf.vocab import CONTROL, UNUSED, read_files
 from phiquant.runtimes import llamacpp
 
 tokenizers = pytest.importorskip("tokenizers")

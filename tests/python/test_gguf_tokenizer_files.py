@@ -9,8 +9,8 @@ from typing import Any
 import phiquant as pq
 import pytest
 from phiquant import PhiquantError
-from phiquant.formats import gguf_reader
-from phiquant.formats.gguf_tokenizer_files import write_tokenizer
+from phiquant.formats.gguf import reader as gguf_reader
+from phiquant.formats.gguf.tokenizer_files import write_tokenizer
 from transformers import AutoTokenizer
 
 TEXTS = ["def main():\n    return 0\n", "नमस्ते 😀 తెలుగు", "<|user|>\n  hi<|end|>", "\t\r\n  x=1234567", ""]

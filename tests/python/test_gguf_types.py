@@ -14,11 +14,12 @@ import pytest
 import torch
 from gguf_cases import Tensors
 from phiquant.errors import PhiquantError
-from phiquant.formats import gguf, gguf_reader
-from phiquant.formats.gguf_blocks import LAYOUTS, decode
-from phiquant.formats.gguf_names import gguf_name
-from phiquant.formats.gguf_pack import pack
-from phiquant.formats.gguf_types import QUANTIZED, TYPES, GGMLType, misfit
+from phiquant.formats.gguf import reader as gguf_reader
+from phiquant.formats.gguf import writer as gguf
+from phiquant.formats.gguf.blocks import LAYOUTS, decode
+from phiquant.formats.gguf.names import gguf_name
+from phiquant.formats.gguf.pack import pack
+from phiquant.formats.gguf.types import QUANTIZED, TYPES, GGMLType, misfit
 from phiquant.formats.source import Entry
 from phiquant.spec import spec as read_spec
 from phiquant.statistics import Statistics

@@ -13,7 +13,8 @@ import pytest
 import torch
 from gptq_cases import AWQ_ORDER, awq_layer, awq_words, gptq_layer, write_folder
 from phiquant import PhiquantError
-from phiquant.formats import awq_reader, gptq_reader, safetensors_reader
+from phiquant.formats.safetensors import awq_reader, gptq_reader
+from phiquant.formats.safetensors import reader as safetensors_reader
 from phiquant.models import phi
 
 SIZE = 32
@@ -140,7 +141,7 @@ def test_a_checkpoint_moves_to_mlx_without_a_change(tmp_path: Path, tokenizer: A
     _, values = folder_of(tmp_path / "awq", AWQ, 4, False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     pq.repack(tmp_path / "awq", "mlx", tmp_path / "mlx", tokenizer=tmp_path / "tokenizer")
-    from phiquant.formats import mlx_reader
+    from phiquant.formats.mlx import reader as mlx_reader
 
     for name, tensor in mlx_reader.read(tmp_path / "mlx").items():
         assert np.array_equal(tensor.values(), values[name]), name

@@ -120,7 +120,7 @@ def test_wrong_contents_are_refused(made: dict[str, Importance], tmp_path: Path,
 
 @pytest.fixture
 def small_gguf(tmp_path: Path) -> Path:
-    from phiquant.formats.gguf_container import Metadata, header
+    from phiquant.formats.gguf.container import Metadata, header
 
     metadata = Metadata()
     metadata.string("general.type", "model")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from gguf_cases import Tensors, stored_model
 from phiquant.errors import PhiquantError
-from phiquant.formats import gguf, gguf_reader
-from phiquant.formats.gguf_types import F16
+from phiquant.formats.gguf import reader as gguf_reader
+from phiquant.formats.gguf import writer as gguf
+from phiquant.formats.gguf.types import F16
 from phiquant.formats.source import Entry
 from phiquant.runtimes import llamacpp
 

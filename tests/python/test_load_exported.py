@@ -144,7 +144,7 @@ def test_a_tokenizer_that_has_to_be_given(
 ) -> None:
     pq.export(tiny_model, tokenizer, tmp_path / "out")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    from phiquant.formats import gguf_tokenizer_files
+    from phiquant.formats.gguf import tokenizer_files as gguf_tokenizer_files
 
     monkeypatch.setattr(gguf_tokenizer_files, "PATTERNS", {})
     with pytest.raises(PhiquantError, match="--tokenizer DIR"):

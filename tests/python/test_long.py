@@ -17,7 +17,8 @@ import pytest
 from phiquant import testing
 from phiquant.errors import PhiquantError
 from phiquant.export import locate
-from phiquant.formats import gguf, receipt
+from phiquant.formats import receipt
+from phiquant.formats.gguf import writer as gguf
 from phiquant.formats.registry import FORMATS, find
 from phiquant.miniatures import miniature_config
 from phiquant.models.rope import read_rope

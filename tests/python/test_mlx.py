@@ -13,8 +13,10 @@ import phiquant as pq
 import pytest
 import torch
 from phiquant import PhiquantError, Recipe
-from phiquant.formats import mlx, mlx_reader, safetensors_reader
-from phiquant.formats.mlx_layout import MLX, check
+from phiquant.formats.mlx import reader as mlx_reader
+from phiquant.formats.mlx import writer as mlx
+from phiquant.formats.mlx.layout import MLX, check
+from phiquant.formats.safetensors import reader as safetensors_reader
 from phiquant.formats.source import Entry
 from phiquant.model_source import ModelSource
 from phiquant.models.rope import read_rope

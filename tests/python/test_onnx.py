@@ -15,9 +15,8 @@ import pytest
 import torch
 from gguf_cases import Tensors
 from phiquant import PhiquantError, Recipe
-from phiquant.formats import onnx as writer
-from phiquant.formats import onnx_reader as reader
 from phiquant.formats import receipt
+from phiquant.formats.onnx import reader, writer
 from phiquant.formats.source import Entry
 from phiquant.model_source import ModelSource
 from phiquant.spec import spec
@@ -269,7 +268,7 @@ def test_the_source_is_not_trusted_blindly(small: Any, folder: Path, tmp_path: P
 
 def test_offsets_above_two_gigabytes() -> None:
     """A model of the size of Phi-4: its graph is small, and its places are where they should be."""
-    from phiquant.formats.onnx_file import DataFile, Graph
+    from phiquant.formats.onnx.file import DataFile, Graph
 
     data, graph = DataFile("model.onnx.data"), Graph()
     places = [data.place(str(i), f"tensor{i}", "float32", (40_000, 5_120)) for i in range(20)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from phiquant.formats.onnx_file import DataFile, Graph
+from phiquant.formats.onnx.file import DataFile, Graph
 
 onnx = pytest.importorskip("onnx")
 

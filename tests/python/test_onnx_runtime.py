@@ -14,10 +14,9 @@ import pytest
 import torch
 from gguf_cases import Tensors, stored_model
 from phiquant import PhiquantError, Recipe, testing
-from phiquant.formats import onnx as writer
-from phiquant.formats import onnx_reader as reader
-from phiquant.formats.onnx_file import DataFile, Graph
-from phiquant.formats.onnx_graph import Decoder
+from phiquant.formats.onnx import reader, writer
+from phiquant.formats.onnx.file import DataFile, Graph
+from phiquant.formats.onnx.graph import Decoder
 from phiquant.formats.registry import find
 from phiquant.runtimes import check
 from phiquant.runtimes import onnx as runtime

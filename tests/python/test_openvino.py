@@ -11,9 +11,9 @@ import pytest
 import torch
 from openvino_cases import EXACT, Grids, folded, kept, matrices
 from phiquant import PhiquantError
-from phiquant.formats import openvino
-from phiquant.formats import openvino_reader as reader
-from phiquant.formats.openvino_nodes import frequencies
+from phiquant.formats.openvino import reader
+from phiquant.formats.openvino import writer as openvino
+from phiquant.formats.openvino.nodes import frequencies
 from phiquant.formats.source import Entry
 from phiquant.miniatures import miniature_config
 from phiquant.models.rope import read_rope

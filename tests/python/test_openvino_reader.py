@@ -14,8 +14,8 @@ import phiquant as pq
 import pytest
 from openvino_cases import Grids, matrices
 from phiquant import PhiquantError
-from phiquant.formats import openvino
-from phiquant.formats import openvino_reader as reader
+from phiquant.formats.openvino import reader
+from phiquant.formats.openvino import writer as openvino
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 GRIDS = ("int4-g32-signmax-f16", "uint4-g32-asym-f16", "uint2-g32-asym-f16", "codebook16-row", "nvfp4", "mxfp4")

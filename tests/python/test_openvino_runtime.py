@@ -12,7 +12,7 @@ import pytest
 import torch
 from openvino_cases import Grids, matrices
 from phiquant import PhiquantError
-from phiquant.formats import openvino as writer
+from phiquant.formats.openvino import writer
 from phiquant.runtimes import check, openvino
 
 EXACT, DEFAULT = 2e-6, 3e-2

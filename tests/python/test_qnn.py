@@ -8,8 +8,8 @@ import onnx
 import phiquant as pq
 import pytest
 import torch
-from phiquant.formats import qnn_reader
-from phiquant.formats.qnn_graph import UNIT, Grid
+from phiquant.formats.qnn import reader as qnn_reader
+from phiquant.formats.qnn.graph import UNIT, Grid
 from phiquant.formats.registry import FORMATS
 from phiquant.miniatures import MINIATURES
 from phiquant.runtimes import long

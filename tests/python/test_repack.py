@@ -157,7 +157,7 @@ def test_a_vocabulary_that_does_not_say_all_is_asked_for(
 ) -> None:
     a = export(model, tokenizer, "gguf:Q4_0", tmp_path / "a", "gguf")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    from phiquant.formats import gguf_tokenizer_files
+    from phiquant.formats.gguf import tokenizer_files as gguf_tokenizer_files
 
     monkeypatch.setattr(gguf_tokenizer_files, "PATTERNS", {})
     with pytest.raises(PhiquantError, match="--tokenizer DIR"):

@@ -12,9 +12,11 @@ import phiquant as pq
 import pytest
 import torch
 from phiquant import PhiquantError, Recipe
-from phiquant.formats import safetensors, safetensors_folder, safetensors_reader
-from phiquant.formats.safetensors_folder import ITEM_BYTES, cut, header
-from phiquant.formats.safetensors_layout import CompressedTensors, check
+from phiquant.formats.safetensors import folder as safetensors_folder
+from phiquant.formats.safetensors import reader as safetensors_reader
+from phiquant.formats.safetensors import writer as safetensors
+from phiquant.formats.safetensors.folder import ITEM_BYTES, cut, header
+from phiquant.formats.safetensors.layout import CompressedTensors, check
 from phiquant.formats.source import Entry
 from phiquant.model_source import ModelSource
 from phiquant.runtimes import transformers as runtime

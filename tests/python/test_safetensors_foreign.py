@@ -10,7 +10,7 @@ import numpy as np
 import phiquant as pq
 import pytest
 import torch
-from phiquant.formats import safetensors_reader
+from phiquant.formats.safetensors import reader as safetensors_reader
 from safetensors.torch import save_file
 
 SCHEMES: dict[str, tuple[str, dict[str, Any], str]] = {

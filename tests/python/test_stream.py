@@ -13,7 +13,7 @@ from typing import Any
 import phiquant as pq
 import pytest
 from phiquant import PhiquantError, Recipe, stream
-from phiquant.formats.gguf_reader import read_metadata
+from phiquant.formats.gguf.reader import read_metadata
 from phiquant.testing import random_phi3
 
 TARGETS = ["gguf:Q4_0", "gguf:Q4_1", "gguf:Q8_0", "gguf:F16", "gguf:BF16", "safetensors:int4-g32"]

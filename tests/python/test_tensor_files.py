@@ -13,7 +13,10 @@ import numpy as np
 import phiquant as pq
 import pytest
 from phiquant import PhiquantError
-from phiquant.formats import mlx, mlx_reader, safetensors, safetensors_reader
+from phiquant.formats.mlx import reader as mlx_reader
+from phiquant.formats.mlx import writer as mlx
+from phiquant.formats.safetensors import reader as safetensors_reader
+from phiquant.formats.safetensors import writer as safetensors
 from phiquant.formats.tensor_files import TensorFiles, e2m1, e4m3, narrowed, stream, widened
 from phiquant.model_source import ModelSource
 

@@ -14,7 +14,7 @@ import pytest
 from phiquant import testing
 from phiquant.export import locate
 from phiquant.formats import receipt
-from phiquant.formats.gguf_tokenizer import read_vocabulary
+from phiquant.formats.gguf.tokenizer import read_vocabulary
 from phiquant.formats.registry import FORMATS, find
 from phiquant.runtimes import check, llamacpp
 

@@ -13,8 +13,8 @@ import pytest
 from phiquant import PhiquantError, UnsupportedModelError
 from phiquant.checkpoint import Checkpoint
 from phiquant.compression import read_compressed
-from phiquant.formats import safetensors_reader
 from phiquant.formats.registry import FORMATS
+from phiquant.formats.safetensors import reader as safetensors_reader
 from phiquant.models import phi
 from phiquant.untrusted import naming, read_json
 

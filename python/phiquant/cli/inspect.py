@@ -12,8 +12,9 @@ import typer
 
 from ..checkpoint import read_header
 from ..errors import PhiquantError
-from ..formats import gguf_reader, receipt
+from ..formats import receipt
 from ..formats.detect import Found, detect
+from ..formats.gguf import reader as gguf_reader
 from ..formats.registry import FORMATS
 from ..formats.stored import StoredTensor
 from ..runtimes.check import runtime_of

@@ -1,6 +1,6 @@
 """The formats that phiquant writes and reads back, a line for each.
 
-formats/<name>.py is the writer, formats/<name>_reader.py the independent reader, runtimes/<runtime>.py runs its files.
+formats/<name>/writer.py writes, formats/<name>/reader.py reads back independently of it, runtimes/<runtime>.py runs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Format:
 
     def writer(self) -> Any:
         """The module that writes it: write, check, sizes, encode."""
-        return importlib.import_module(f".{self.name}", __package__)
+        return importlib.import_module(f".{self.name}.writer", __package__)
 
     def reader_module(self) -> Any:
         """The module that reads it back: read, read_config."""
-        return importlib.import_module(f".{self.name}_reader", __package__)
+        return importlib.import_module(f".{self.name}.reader", __package__)
 
 
 FORMATS = {

@@ -1,6 +1,6 @@
 """The tensors of a folder of safetensors files as numpy arrays, and the small decodings that its readers share.
 
-Headers are checked by safetensors_header.py; values come through a map that ends when they are copied.
+Headers are checked by header.py; values come through a map that ends when they are copied.
 numpy has no bfloat16 and no float8: their bits come as uint16 and uint8.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import PhiquantError
 from ..untrusted import read_json
-from .safetensors_header import INDEX, SINGLE, Place, read_header, read_index
+from .safetensors.header import INDEX, SINGLE, Place, read_header, read_index
 
 _DTYPES = {
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "F8_E5M2": "u1", "U16": "<u2", "I16": "<i2", "F16": "<f2",

@@ -1,7 +1,7 @@
 """The decoder of a Phi-3 model as one program of tensor operations, without saying how they are computed.
 
 An interpreter gives the operations their meaning. `activations.Observed` computes them in torch and notes the range
-of every result; `formats.qnn_graph.Graph` writes them as nodes of a static graph. Both read the program below, so
+of every result; `formats.qnn.graph.Graph` writes them as nodes of a static graph. Both read the program below, so
 the points where ranges are observed are the points where the graph rounds.
 
 S = tokens that a stage takes at once, C = its context: the tokens it sees, those from the cache and its own S.

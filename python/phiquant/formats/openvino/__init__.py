@@ -1,0 +1,1 @@
+"""OpenVINO IR folders: writer.py writes, reader.py reads back."""

@@ -1,0 +1,1 @@
+"""Static QDQ ONNX models, for Qualcomm's QNN: writer.py writes, reader.py reads back."""

@@ -1,0 +1,1 @@
+"""Safetensors folders: compressed-tensors, GPTQ, AWQ: writer.py writes, reader.py reads back."""
