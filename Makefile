@@ -28,12 +28,15 @@ ctest: $(VENV)/.tools
 	$(BIN)/cmake --build build/cpp -j $(JOBS)
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
-pytest: $(VENV)/.dev
-	$(BIN)/python -m pytest
+# One process for each core, with a thread each: two of as many threads as cores would hold each other up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# Marked slow: the notebook, a kill in the middle of an export, the acceptance run of QAT.
+pytest: $(VENV)/.dev
+	$(PYTEST)
+
+# Marked slow: the notebooks, a kill in the middle of an export, every miniature in every format, the emulator ...
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # The C++ tests again, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/.tools

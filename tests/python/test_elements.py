@@ -501,7 +501,7 @@ def test_errors_say_what_is_wrong(call: object, message: str) -> None:
 def test_gguf_and_safetensors_refuse_other_elements() -> None:
     from phiquant.formats.gguf.types import type_for
 
-    with pytest.raises(pq.PhiquantError, match="its blocks hold integers, not nf4"):
+    with pytest.raises(pq.PhiquantError, match="Q4_0 has codes of int4, not of nf4"):
         type_for("w", pq.spec("nf4-g32-sym-f16"), (32, 32))
 
 

@@ -276,7 +276,7 @@ def test_the_gate_of_long_texts(tokenizer, tmp_path, monkeypatch):
     found = long.run(FORMATS["qnn"], tmp_path / "right", config)
     assert found.ok, str(found)
     assert [one.deviation is not None for one in found.lengths] == [one.tokens <= 48 for one in found.lengths]
-    monkeypatch.setattr("phiquant.formats.qnn._long", lambda rope, context: False)
+    monkeypatch.setattr("phiquant.formats.qnn.writer._long", lambda rope, context: False)
     export(model, tokenizer, tmp_path / "wrong", **texts)
     assert not long.run(FORMATS["qnn"], tmp_path / "wrong", config).ok
 

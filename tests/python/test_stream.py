@@ -78,7 +78,8 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 from phiquant import stream
-from phiquant.formats import partial, safetensors_folder, source
+from phiquant.formats import partial, source
+from phiquant.formats.safetensors import folder as safetensors_folder
 how, folder, target, out = sys.argv[1:]
 partial.SYNC_BYTES, source.CHUNK_BYTES, safetensors_folder.SHARD_BYTES = 1, 100_000, 1_500_000
 if how == "limit":
