@@ -58,6 +58,7 @@ class Report:
         lines += self.files + [f"{t.name}: {t.error}" for t in bad]
         if self.runtime is not None:
             lines.append(f"{self.runtime.name}: relative error of the logits {self.runtime.relative_error:.2e}")
+            lines += [f"{self.runtime.deviation}; so did torch"] if self.runtime.deviation else []
         if self.long is not None:
             lines.append(str(self.long))
         return "\n".join(lines)

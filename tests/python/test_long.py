@@ -208,3 +208,16 @@ def test_short_texts_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     pq.export(testing.random_phi3(num_hidden_layers=1), tokenizer, tmp_path)
     with pytest.raises(PhiquantError, match="takes 256"):
         pq.verify(tmp_path, long=True, text="def f(): pass")
+
+
+def test_what_a_runtime_is_known_to_do_otherwise_is_named_and_torch_does_it_too(tmp_path: Path) -> None:
+    """The window of this miniature is shorter than the texts that verify() takes, and llama.cpp ignores it."""
+    model, tokenizer = testing.miniature("phi-3-mini")
+    pq.export(model, tokenizer, tmp_path, format="gguf", float_dtype="float32")
+    report = pq.verify(tmp_path, run=True, windows=1)
+    assert report.ok
+    assert "ignores the sliding window of 47" in str(report.runtime.deviation)
+    assert "so did torch" in str(report)
+    against_itself = pq.verify(tmp_path, run=True, reference=model, windows=1)
+    assert not against_itself.ok  # a model that is given is taken as it is
+    assert against_itself.runtime.deviation is None

@@ -103,4 +103,6 @@ def _runtime_table(result: RuntimeResult) -> Table:
     rows.add_row("perplexity", f"{result.perplexity:.4f}")
     rows.add_row("perplexity in torch", f"{result.reference_perplexity:.4f}")
     rows.add_row("within the bar", "yes" if result.ok else "NO")
+    if result.deviation:
+        rows.add_row("torch did the same", result.deviation)
     return rows

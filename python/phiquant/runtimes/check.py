@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..errors import PhiquantError
 from ..extras import need
 from ..formats.registry import Format
 from ..models import phi
+from . import deviations
 
 WINDOW = 256
 _CHARACTERS = 12  # of source code per token, at most on average
@@ -29,7 +31,8 @@ class RuntimeResult:
 
     ok: the relative error is within `bar`. relative_error: |difference of the logits| / |logits|,
     2-norms over all tokens. kl: mean KL(torch || runtime) in nats; same_top: share of positions with
-    the same most likely token.
+    the same most likely token. deviation: what the runtime is known to do otherwise than the model says with texts
+    of this length; torch then did the same.
     """
 
     name: str
@@ -41,6 +44,7 @@ class RuntimeResult:
     perplexity: float
     reference_perplexity: float
     tokens: int
+    deviation: str | None = None
 
 
 def runtime_of(format: Format) -> Any:
@@ -63,9 +67,15 @@ def run(
 
     text = testing.heldout_text() if text is None else text
     rows = evaluate.windows(tokenizer, text[: windows * WINDOW * _CHARACTERS], WINDOW, windows)
-    stored = reader.read(path)
-    reference = reference or decoded_model(reader.read_config(path), stored)
-    return compare(runtime, rows, runtime.logits(path, rows, exact=exact), reference, runtime.bar(stored, exact))
+    stored, deviation = reader.read(path), None
+    if reference is None:
+        config = reader.read_config(path)
+        known = deviations.find(format, config, config, WINDOW)
+        config, deviation = known or (config, None)
+        reference = decoded_model(config, stored)
+    got = runtime.logits(path, rows, exact=exact)
+    result = compare(runtime, rows, got, reference, runtime.bar(stored, exact))
+    return dataclasses.replace(result, deviation=deviation)
 
 
 def decoded_model(config: Mapping[str, Any], stored: Mapping[str, Any]) -> Any:

@@ -6,8 +6,6 @@ model as its source described it, not as the file does: what the exporter got wr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,16 @@ import torch
 from .. import evaluate, testing
 from ..errors import PhiquantError
 from ..formats.registry import Format
-from ..models.rope import Rope, read_rope
+from ..models.rope import read_rope
+from . import deviations
 from .check import decoded_model, relative_error, runtime_of
+from .deviations import Config, equal, factors_at, short_throughout, window_of
 
 SHORT = 64  # tokens: a length that no border is near
 # Relative errors that are no fault: float32 loses some 5e-6 in a long text, and what a runtime's own rounding does
 # varies with the text. The faults that the tests seed make several times more, at the least.
 ROUNDING, SLACK = 2e-5, 2
 _CHARACTERS = 12  # of source code per token, at most on average
-
-Config = Mapping[str, Any]
-# A deviation: the config that the runtime computes with instead of the model's, and the sentence that says so.
-Deviation = tuple[Config, str]
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ def run(format: Format, path: Path, config: Config, text: str | None = None) -> 
     rows = [ids[:count] for count in chosen]
     got = runtime.logits(path, rows, exact=True)
     errors = _errors(decoded_model(config, stored), rows, got)
-    known = [_deviation(format, config, told, count) for count in chosen]
+    known = [deviations.find(format, config, told, count) for count in chosen]
     models = {sentence: decoded_model(other, stored) for other, sentence in filter(None, known)}
     rope, bar = read_rope(config), max(SLACK * runtime.bar(stored, True), ROUNDING)
     results = []
@@ -90,7 +86,7 @@ def run(format: Format, path: Path, config: Config, text: str | None = None) -> 
         sentence = deviation[1] if deviation else None
         other = _errors(models[sentence], [row], [values])[0] if sentence else None
         ok = error <= bar or (other is not None and other <= bar)
-        results.append(LengthResult(len(row), _factors(rope, len(row)), ok, error, bar, sentence, other))
+        results.append(LengthResult(len(row), factors_at(rope, len(row)), ok, error, bar, sentence, other))
     found = differences(config, told)
     return LongResult(runtime.NAME, not found and all(r.ok for r in results), results, found)
 
@@ -99,7 +95,7 @@ def lengths(config: Config) -> list[int]:
     """Numbers of tokens: a short one; at each border the last before it, the first behind it, and half as many more."""
     rope = read_rope(config)
     borders = [rope.original_context] if rope.long else []
-    borders += [window] if (window := _window(config, rope)) else []
+    borders += [window] if (window := window_of(config, rope)) else []
     around = {count for border in borders for count in (border, border + 1, border + border // 2)}
     return sorted({min(count, rope.context) for count in {SHORT, *(around or {4 * SHORT})}})
 
@@ -112,76 +108,14 @@ def differences(config: Config, told: Config) -> list[str]:
         a, b = getattr(ours, name), getattr(theirs, name)
         if name == "original_context" and ours.long is None:
             continue  # it decides nothing
-        if name == "long" and _short_throughout(ours, theirs):
+        if name == "long" and short_throughout(ours, theirs):
             continue
-        if not _equal(a, b):
+        if not equal(a, b):
             found.append(f"RoPE: {name.replace('_', ' ')} is {_text(b)} in the file, {_text(a)} in the model")
-    windows = _window(config, ours), _window(told, theirs)
+    windows = window_of(config, ours), window_of(told, theirs)
     if windows[0] != windows[1]:
         found.append(f"the sliding window is {windows[1]} in the file, {windows[0]} in the model")
     return found
-
-
-def _llama_cpp(config: Config, told: Config, count: int) -> Deviation | None:
-    window = _window(config, read_rope(config))
-    if window is None or count <= window:
-        return None
-    return {**config, "sliding_window": None}, f"llama.cpp ignores the sliding window of {window} tokens"
-
-
-def _mlx(config: Config, told: Config, count: int) -> Deviation | None:
-    rope, changed, said = read_rope(config), dict(config), []
-    if (window := _window(config, rope)) and count > window:
-        changed["sliding_window"] = None
-        said.append(f"mlx-lm ignores the sliding window of {window} tokens")
-    if rope.long:
-        one = "short" if _short_throughout(rope, read_rope(told)) else "long"
-        if one != _factors(rope, count):
-            changed |= _one_set(config, rope.short if one == "short" else rope.long)
-            said.append(f"mlx-lm uses one set of LongRoPE factors at every length, in this file the {one} ones")
-    return (changed, "; ".join(said)) if said else None
-
-
-def _qnn(config: Config, told: Config, count: int) -> Deviation | None:
-    rope, context = read_rope(config), int(told.get("static_context", 0))
-    if rope.long is None or count > rope.original_context or context <= rope.original_context:
-        return None
-    sentence = f"a QNN graph with a context of {context} tokens has LongRoPE's long factors at every length"
-    return {**config, **_one_set(config, rope.long)}, sentence
-
-
-def _one_set(config: Config, factors: list[float] | None) -> Config:
-    """The part of the config that says the factors, with the same ones at every length."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    return {key: {**config[key], "short_factor": factors, "long_factor": factors}}
-
-
-# What a runtime is documented to compute otherwise: docs/long-context.md. The others compute what the model says.
-_DEVIATIONS: dict[str, Callable[[Config, Config, int], Deviation | None]] = {
-    "llamacpp": _llama_cpp,
-    "mlx": _mlx,
-    "qnn": _qnn,
-}
-
-
-def _deviation(format: Format, config: Config, told: Config, count: int) -> Deviation | None:
-    find = _DEVIATIONS.get(format.runtime)
-    return find(config, told, count) if find else None
-
-
-def _short_throughout(model: Rope, file: Rope) -> bool:
-    """Whether an MLX file has the short factors in the place of the long ones, as its writer can be asked to."""
-    return model.long is not None and _equal(model.short, file.short) and _equal(model.short, file.long)
-
-
-def _factors(rope: Rope, count: int) -> str | None:
-    return None if rope.long is None else "short" if count <= rope.original_context else "long"
-
-
-def _window(config: Config, rope: Rope) -> int | None:
-    """The sliding window, unless it is none or so large that no text reaches it."""
-    window = config.get("sliding_window") or 0
-    return int(window) if 0 < window < rope.context else None
 
 
 def _ids(runtime: Any, path: Path, text: str, count: int) -> list[int]:
@@ -197,15 +131,6 @@ def _errors(model: Any, rows: list[list[int]], logits: list[Any]) -> list[float]
         relative_error([torch.tensor(values)], [wanted.float().cpu()])
         for values, wanted in zip(logits, expected, strict=True)
     ]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Equal as float32 would have it, number by number."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return math.isclose(a, b, rel_tol=1e-6)
-    return bool(a == b)
 
 
 def _text(value: Any) -> str:
