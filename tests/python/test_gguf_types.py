@@ -13,6 +13,7 @@ import phiquant as pq
 import pytest
 import torch
 from gguf_cases import Tensors
+from phiquant import stream
 from phiquant.errors import PhiquantError
 from phiquant.formats.gguf import reader as gguf_reader
 from phiquant.formats.gguf import writer as gguf
@@ -307,3 +308,15 @@ def test_files_of_llama_cpps_quantizer_open(model: Any, folder: Path, tmp_path: 
         assert np.linalg.norm(qt.dequantize().numpy() - w) < 0.9 * np.linalg.norm(w)
         (again,) = [pack(name, qt, TYPES[opened[name].stored_as])]
         assert again.tobytes() == np.ascontiguousarray(opened[name].data).tobytes(), opened[name].stored_as
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+def test_targets_of_one_grid_give_their_own_blocks(kind: str, tmp_path: Path) -> None:
+    """Ternary codes have two containers; plan knows the size of the one that is asked for."""
+    checkpoint = tmp_path / "checkpoint"
+    model, tokenizer = pq.testing.miniature("phi-4")
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    receipt = stream.quantize_checkpoint(checkpoint, f"gguf:{kind}", tmp_path / "out")
+    assert kind in {tensor["stored_as"] for tensor in receipt["tensors"]}
+    assert stream.plan(checkpoint, f"gguf:{kind}").bytes == (tmp_path / "out" / "model.gguf").stat().st_size

@@ -56,7 +56,7 @@ def facts(target: Target) -> dict[str, Any]:
     note = target.note
     if target.activations is not None:
         note = f"activations {target.activations}{'; ' if note else ''}{note}"
-    return {"target": name, **held, "bits_per_weight": spec.bits_per_weight(_SHAPE), "note": note}
+    return {"target": name, **held, "bits_per_weight": target.bits or spec.bits_per_weight(_SHAPE), "note": note}
 
 
 def parameters(spec: QuantSpec) -> str:

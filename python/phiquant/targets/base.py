@@ -17,6 +17,8 @@ class Target:
     activations: the grid on which the runtime rounds activations by the file's own word; None: it computes with floats.
     note: a limit that a user should know, in one sentence.
     mixture: of a target with several grids: config.json -> the spec of each module by its name; `spec` is None.
+    asks: options of the format's writer by which this target is told from others of the same grid.
+    bits: stored per weight, where the container packs codes tighter than by their own bits.
     """
 
     name: str
@@ -25,6 +27,8 @@ class Target:
     activations: QuantSpec | None = None
     note: str = ""
     mixture: Callable[[Mapping[str, Any]], dict[str, QuantSpec]] | None = None
+    asks: tuple[tuple[str, Any], ...] = ()
+    bits: float | None = None
 
     @property
     def format(self) -> str:
@@ -33,7 +37,7 @@ class Target:
     @property
     def options(self) -> dict[str, Any]:
         """What it asks of its format's writer beside the grid of the weights."""
-        return {} if self.activations is None else {"activations": self.activations}
+        return dict(self.asks) | ({} if self.activations is None else {"activations": self.activations})
 
 
 def floats(format: str) -> tuple[Target, ...]:
