@@ -10,10 +10,10 @@ from typing import Any
 
 import phiquant as pq
 import pytest
-from phiquant import PhiquantError, UnsupportedModelError
+from phiquant import PhiquantError, UnsupportedModelError, testing
 from phiquant.checkpoint import Checkpoint
 from phiquant.compression import read_compressed
-from phiquant.formats.registry import FORMATS
+from phiquant.formats.registry import FORMATS, find
 from phiquant.formats.safetensors import reader as safetensors_reader
 from phiquant.models import phi
 from phiquant.untrusted import naming, read_json
@@ -145,6 +145,46 @@ def test_a_receipt_of_a_format_that_there_is_not(tmp_path: Path) -> None:
     (tmp_path / "receipt.json").write_text('{"format": "gguff", "files": {}, "tensors": []}')
     with pytest.raises(PhiquantError, match=rf"{tmp_path}/receipt\.json .*unknown format 'gguff'"):
         pq.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda r: r["tensors"][0].update(file=["model.gguf"]), "is in none of its files"),
+        (lambda r: r["files"]["model.gguf"]["header"].update(bytes=1 << 50), "a header of 1125899906842624"),
+        (lambda r: r["files"].update({"x" * 300: r["files"]["model.gguf"]}), "not the name of a file"),
+    ],
+)
+def test_a_receipt_with_values_that_cannot_be(change: Any, error: str, tmp_path: Path) -> None:
+    model = testing.random_phi3()
+    _, tokenizer = pq.load("phi3-tiny")
+    pq.export(model, tokenizer, tmp_path, format="gguf")
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    change(receipt)
+    (tmp_path / "receipt.json").write_text(json.dumps(receipt))
+    with pytest.raises(PhiquantError, match=error):
+        pq.verify(tmp_path)
+
+
+def test_an_openvino_graph_that_is_a_pipe_or_a_device(tmp_path: Path) -> None:
+    (tmp_path / "openvino_model.bin").write_bytes(b"0")
+    os.mkfifo(tmp_path / "openvino_model.xml")
+    with pytest.raises(PhiquantError, match=r"openvino_model\.xml is no plain file"):
+        find("openvino").reader_module().read(tmp_path)
+    (tmp_path / "openvino_model.xml").unlink()
+    (tmp_path / "openvino_model.xml").symlink_to("/dev/zero")
+    with pytest.raises(PhiquantError, match=r"openvino_model\.xml is no plain file"):
+        find("openvino").reader_module().read(tmp_path)
+
+
+def test_a_shard_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    testing.random_phi3().save_pretrained(tmp_path, max_shard_size="500KB")
+    index = tmp_path / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] = dict.fromkeys(data["weight_map"], "m" * 300 + ".safetensors")
+    index.write_text(json.dumps(data))
+    with pytest.raises(PhiquantError, match="not the name of a file beside it"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", FORMATS)

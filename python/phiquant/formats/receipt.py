@@ -101,7 +101,7 @@ def file_record(path: Path, header: int | None = None) -> dict[str, Any]:
     """Size of a file and its SHA-256; of a large file of tensors, only that of its first `header` bytes."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        digest = hashlib.sha256(file.read(size if header is None else header)).hexdigest()
+        digest = hashlib.sha256(file.read(size if header is None else min(size, header))).hexdigest()
     if header is None:
         return {"bytes": size, "sha256": digest}
     return {"bytes": size, "header": {"bytes": header, "sha256": digest}}
@@ -181,6 +181,7 @@ def is_plain_name(name: object) -> bool:
         and not set(name) & set('/\\:\0*?"<>|')
         and PurePosixPath(name).name == name
         and name.isprintable()
+        and len(name.encode()) <= 255  # what file systems hold
     )
 
 
@@ -200,6 +201,8 @@ def _problem(data: Any) -> str | None:
         header = record.get("header", record)
         if not isinstance(header, dict) or not isinstance(header.get("bytes"), int) or not _is_sha(header):
             return f"file {name!r} has no digest"
+        if not 0 <= header["bytes"] <= record["bytes"]:
+            return f"file {name!r} has {record['bytes']} bytes and a header of {header['bytes']}"
     seen: set[str] = set()
     for record in tensors:
         problem = _tensor_problem(record, files, seen)
@@ -218,7 +221,11 @@ def _tensor_problem(record: Any, files: Mapping[str, Any], seen: set[str]) -> st
     shape = record.get("shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         return f"tensor {name!r} has no shape"
-    if record.get("file") not in files or not isinstance(record.get("stored_as"), str):
+    if (
+        not isinstance(record.get("file"), str)
+        or record["file"] not in files
+        or not isinstance(record.get("stored_as"), str)
+    ):
         return f"tensor {name!r} is in none of its files"
     keys = ("codes", "parameters") if isinstance(record.get("spec"), str) else ("values",)
     if not all(_is_sha(record, key) for key in keys):

@@ -163,6 +163,8 @@ def _parse(path: Path) -> Element:
 
 def _size(path: Path) -> int:
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would never end
+            raise PhiquantError(f"{path} is no plain file; give the folder of an OpenVINO export")
         return path.stat().st_size
     except OSError as error:
         raise PhiquantError(f"cannot read {path}: {error.strerror}; give the folder of an OpenVINO export") from error
