@@ -1,7 +1,7 @@
 """Fuzz the Python readers: python tests/fuzz/readers/run.py [SUBJECT ...] [--seconds 30] [--seed 0] [--case N].
 
 Each damaged folder must be read, or refused by a PhiquantError that names a file or a tensor of it: without another
-exception, a crash, five seconds of silence, 1.5 GiB of memory, or a file opened outside the folder.
+exception, a crash, twenty seconds of silence, 1.5 GiB of memory, or a file opened outside the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SILENCE = 5.0  # seconds that one small folder may take
+SILENCE = 20.0  # seconds that one small folder may take: generous, for a machine that stalls is not a fault
 START = 300.0  # seconds for imports and seeds
 MOST = 20  # faults, after which a subject is given up
 _HERE = Path(__file__).parent
