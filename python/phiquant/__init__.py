@@ -81,6 +81,7 @@ from .spec import (
     target,
 )
 from .tensor import QuantizedTensor
+from .transforms import transform
 
 __version__ = "0.1.0"
 
@@ -157,6 +158,7 @@ __all__ = [
     "target",
     "testing",
     "to_integer",
+    "transform",
     "unpack",
     "vector_kmeans",
     "verify",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,7 @@ from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import Codebook, QuantSpec, Target
 from .split_linear import projection_name, split
 from .tensor import QuantizedTensor
+from .transforms import applied, transform
 
 Model = TypeVar("Model", bound=nn.Module)
 What = Recipe | QuantSpec | Target | str
@@ -49,6 +50,7 @@ def quantize(
     tokenizer: Any = None,
     folder: str | Path | None = None,
     offload: bool = False,
+    transforms: Sequence[str] = (),
 ) -> Model:
     """Choose codes for the model's Linear (and, if the recipe names them, Embedding) weights, in place.
 
@@ -61,9 +63,13 @@ def quantize(
         by decoder layer. A solver that needs data and is given none takes testing.training_text().
     folder: where a calibrated run keeps its finished layers, so that the same call goes on after an interruption.
         offload: keep its activations there too, not in memory.
-    Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged.
+    transforms: rewrites that come first and leave the float function alone (see `transform`): ["fold"].
+    Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged, but for
+    its transforms.
     """
     specs = _specs(model, what)
+    if transforms:
+        transform(model, transforms, specs=specs, calibration=calibration, tokenizer=tokenizer)
     with split(model, specs):
         groups = _groups(model, specs)
         if calibration is not None or solver in NEEDS_STATISTICS:
@@ -79,8 +85,9 @@ def quantize(
         else:
             chosen_by = {"solver": solver}
             solved = [(modules, quantized, chosen_by) for modules, quantized in _solve(groups, solver, progress)]
+    rewritten = {"transforms": applied(model)} if applied(model) else {}
     for modules, quantized, origin in solved:
-        _attach(modules, quantized, origin)
+        _attach(modules, quantized, {**origin, **rewritten})
     if progress:
         progress("done", len(groups), len(groups))
     return model

@@ -122,6 +122,12 @@ def test_solvers_know_no_model_and_no_format(path):
     }
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("transforms/*.py")), ids=module_name)
+def test_transforms_act_on_float_models(path):
+    names = {name.split(".")[0] for name in ours(path)}
+    assert not names & {"formats", "quantize", "qat", "modules", "cli", "load", "export"}
+
+
 FORMATS_MAY = {
     "tensor",
     "spec",

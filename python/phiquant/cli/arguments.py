@@ -18,6 +18,8 @@ from ..recipe import Recipe
 from ..solvers import SOLVERS
 from ..spec import Target
 from ..spec import target as find_target
+from ..transforms import TRANSFORMS
+from ..transforms import read as read_transform
 
 CheckpointArg = Annotated[
     str,
@@ -41,6 +43,15 @@ SolverOption = Annotated[
     typer.Option(
         help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all. gptq, "
         "gptq_mse, adaround: codes that keep the output on a text, on the grid of rtn, of mse, of mse."
+    ),
+]
+TransformOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transform",
+        metavar="NAME[:KEY=VALUE]",
+        help=f"Rewrite the float model first, its function stays: {', '.join(TRANSFORMS)}. Repeat it for more.",
+        show_default=False,
     ),
 ]
 RecipeOption = Annotated[
@@ -84,6 +95,14 @@ def check_solver(name: str) -> str:
     if name not in SOLVERS:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(SOLVERS)}", param_hint="--solver")
     return name
+
+
+def check_transforms(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The transforms again, if all are known with their options."""
+    with argument("--transform"):
+        for name in names or ():
+            read_transform(name)
+    return tuple(names or ())
 
 
 def read_recipe(path: Path | None) -> Recipe | None:

@@ -19,13 +19,16 @@ from ..quantize import quantize as quantize_model
 from ..recipe import Recipe
 from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
+from ..transforms import NEEDS_DATA
 from .arguments import (
     CheckpointArg,
     OptionsOption,
     RecipeOption,
     SolverOption,
     TargetOption,
+    TransformOption,
     check_solver,
+    check_transforms,
     checkpoint_folder,
     output_folder,
     read_options,
@@ -51,6 +54,7 @@ def quantize(
     out: OutOption,
     solver: SolverOption = "rtn",
     calibration: CalibrationOption = None,
+    transform: TransformOption = None,
     recipe: RecipeOption = None,
     option: OptionsOption = None,
     json_: JsonFlag = False,
@@ -58,19 +62,24 @@ def quantize(
 ) -> None:
     """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues.
 
-    With calibration the model is held in memory and solved layer by layer; the log tells each layer's error.
+    With calibration or a transform the model is held in memory; calibrated, it is solved layer by layer, and the log
+    tells each layer's error.
     """
     with session(json_, debug) as ui:
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
+        transforms = check_transforms(transform)
+        needy = [n for n in (solver, *(t.partition(":")[0] for t in transforms)) if n in NEEDS_STATISTICS | NEEDS_DATA]
         options = chosen.options | read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
-        if solver in NEEDS_STATISTICS and text is None and checkpoint != EMBEDDED:
-            raise typer.BadParameter(f"{solver} needs a text to calibrate {checkpoint} on", param_hint="--calibration")
+        if needy and text is None and checkpoint != EMBEDDED:
+            raise typer.BadParameter(
+                f"{needy[0]} needs a text to calibrate {checkpoint} on", param_hint="--calibration"
+            )
         with checkpoint_folder(checkpoint) as folder:
             ui.log_to(output_folder(out) / "phiquant.log")
-            if solver in NEEDS_STATISTICS or text is not None:
-                receipt = _calibrated(ui, folder, chosen, out, solver, rules, text, options)
+            if needy or transforms or text is not None:
+                receipt = _in_memory(ui, folder, chosen, out, solver, rules, text, options, transforms)
             else:
                 with ui.progress("quantizing") as step:
                     receipt = stream.quantize_checkpoint(
@@ -79,7 +88,7 @@ def quantize(
         ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
 
 
-def _calibrated(
+def _in_memory(
     ui: Ui,
     folder: Path,
     target: Target,
@@ -88,6 +97,7 @@ def _calibrated(
     recipe: Recipe | None,
     text: str | None,
     options: dict[str, Any],
+    transforms: tuple[str, ...],
 ) -> dict[str, Any]:
     """The model in its own dtype, a decoder layer in float32 at a time; what is finished is kept in OUT/calibration."""
     claim_folder(out, target.format)
@@ -101,8 +111,9 @@ def _calibrated(
             tokenizer=tokenizer,
             folder=state,
             offload=True,
+            transforms=transforms,
         )
     with ui.progress("writing") as step:
         receipt = write(model, tokenizer, out, format=target.format, progress=step, **options)
-    shutil.rmtree(state)
+    shutil.rmtree(state, ignore_errors=True)  # not there where no data were needed
     return receipt

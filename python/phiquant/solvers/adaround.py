@@ -1,4 +1,4 @@
-"""AdaRound: round each value up or down so that the layer's output changes least (docs/methods.md).
+"""AdaRound: round each value up or down so that the layer's output changes least (docs/methods/adaround.md).
 
 minimise tr(D H D^T) + penalty over h in [0, 1], D = lower + h (upper - lower) - W, H the mean of x x^T over the
 layer's inputs. arXiv 2004.10568; because H holds all of the inputs that matters, no data are replayed.

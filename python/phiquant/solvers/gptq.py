@@ -1,4 +1,4 @@
-"""GPTQ: codes that keep the layer's output, one column after the other (docs/methods.md).
+"""GPTQ: codes that keep the layer's output, one column after the other (docs/methods/gptq.md).
 
 minimise tr((W - Q) H (W - Q)^T), H the mean of x x^T over the layer's inputs. arXiv 2210.17323; the form
 without an inverse, which gives the same codes for half the work, is that of arXiv 2307.13304.
