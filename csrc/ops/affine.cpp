@@ -43,7 +43,7 @@ void dequantize_out(const Tensor& codes, const Tensor& scale, const std::optiona
 void fake_quantize_out(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
                        int64_t qmin, int64_t qmax, Tensor out, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks, kRoundedBits);
   check_same(out, x, "out");
   const void* in = x.const_data_ptr();
   void* y = out.mutable_data_ptr();
@@ -65,7 +65,7 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor&
                               const std::optional<Tensor>& offset, bool minimum, int64_t qmin, int64_t qmax,
                               int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, l.blocks, kRoundedBits);
   check_same(grad, x, "grad");
   Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();

@@ -27,6 +27,9 @@ constexpr int64_t kGrain = 32 * 1024;
 // A block longer than this is cut in pieces, and its range is found in a pass of its own.
 constexpr int64_t kLongBlock = 64 * 1024;
 static_assert(kGrain == kSumPiece, "threads that sum pieces of a block must keep the order of additions");
+// Bits of a stored code, and those that a value may be rounded to where it is decoded at once.
+constexpr int kCodeBits = 8;
+constexpr int kRoundedBits = 16;
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -92,12 +95,15 @@ inline BlockParams params_of(const Tensor& scale, const std::optional<Tensor>& o
 
 // What codes stand for: the last two arguments of the ops that read or write codes. format: 0 for the
 // integers qmin..qmax, 1 to 5 for minifloats, 6 for a table of `levels` [1 or blocks, size] (core/types.h).
+// bits: that integers may have; more than 8 where no code is written, which activations of runtimes have.
 inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum, int64_t format = 0,
-                    const std::optional<Tensor>& levels = std::nullopt, int64_t blocks = 1) {
+                    const std::optional<Tensor>& levels = std::nullopt, int64_t blocks = 1, int bits = kCodeBits) {
   check(0 <= format && format <= 6, "format must be 0 to 6");
   check(levels.has_value() == (format == 6), "levels are given for format 6, a table, and for no other");
-  check(-128 <= qmin && qmin < qmax && qmax <= 255 && qmax - qmin <= 255,
-        "codes must fit in 8 bits: got qmin " + std::to_string(qmin) + ", qmax " + std::to_string(qmax));
+  const int64_t most = (int64_t{1} << bits) - 1;
+  check(-(most + 1) / 2 <= qmin && qmin < qmax && qmax <= most && qmax - qmin <= most,
+        "codes must fit in " + std::to_string(bits) + " bits: got qmin " + std::to_string(qmin) + ", qmax " +
+            std::to_string(qmax));
   if (format == 0) {
     return {static_cast<float>(qmin), static_cast<float>(qmax), minimum ? Offset::minimum : Offset::zero_point};
   }
@@ -121,7 +127,7 @@ inline Grid grid_of(int64_t qmin, int64_t qmax, bool minimum, int64_t format = 0
 }
 
 inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t storage, int64_t format = 0,
-                               const std::optional<Tensor>& levels = std::nullopt) {
+                               const std::optional<Tensor>& levels = std::nullopt, int bits = kCodeBits) {
   check(0 <= rule && rule <= 5, "rule must be 0 to 5");
   check(0 <= storage && storage <= 4, "storage must be 0 to 4");
   const Rule r = static_cast<Rule>(rule);
@@ -131,7 +137,7 @@ inline RangeSpec range_spec_of(int64_t qmin, int64_t qmax, int64_t rule, int64_t
   check(r != Rule::minimum || qmin == 0, "a grid with a minimum needs qmin 0");
   check(r != Rule::twn || (qmin == -1 && qmax == 1), "twn is the rule of the codes -1, 0, 1");
   check(storage != 3 || r == Rule::absmax, "a scale stored as e8m0 has the rule absmax");
-  const Grid grid = grid_of(qmin, qmax, r == Rule::minimum, format, levels, 1);
+  const Grid grid = grid_of(qmin, qmax, r == Rule::minimum, format, levels, 1, bits);
   check(r != Rule::absmax || grid.qmax > 0.0f, "absmax needs a positive largest level");
   check(r != Rule::signed_absmax || grid.qmin < 0.0f, "signed_absmax needs a lowest level below 0");
   return {grid, r, static_cast<Storage>(storage)};

@@ -22,7 +22,7 @@ namespace {
 Tensor learned_fake_quantize(const Tensor& x, const Tensor& scale, const std::optional<Tensor>& offset, bool minimum,
                              int64_t qmin, int64_t qmax, double) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum);
+  const Grid grid = grid_of(qmin, qmax, minimum, 0, std::nullopt, 1, kRoundedBits);
   Tensor y = output_like(x);
   const void* in = x.const_data_ptr();
   void* out = y.mutable_data_ptr();
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> learned_fake_quantize_backward(const Tensor& 
                                                                   const std::optional<Tensor>& offset, bool minimum,
                                                                   int64_t qmin, int64_t qmax) {
   const Layout l = layout_of(x, scale, offset, dtype_of(x, "x"));
-  const Grid grid = grid_of(qmin, qmax, minimum);
+  const Grid grid = grid_of(qmin, qmax, minimum, 0, std::nullopt, 1, kRoundedBits);
   check_same(grad, x, "grad");
   Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();

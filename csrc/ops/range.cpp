@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> range_from_min_max(const Tensor& lo, const Tensor& hi
   Tensor scale = torch::stable::empty_like(lo);
   Tensor offset = torch::stable::empty_like(lo);
   params_from_ranges(static_cast<const float*>(lo.const_data_ptr()), static_cast<const float*>(hi.const_data_ptr()),
-                     lo.numel(), range_spec_of(qmin, qmax, rule, storage, format, levels),
+                     lo.numel(), range_spec_of(qmin, qmax, rule, storage, format, levels, kRoundedBits),
                      static_cast<float*>(scale.mutable_data_ptr()), static_cast<float*>(offset.mutable_data_ptr()));
   return {scale, offset};
 }
@@ -99,7 +99,7 @@ void find_range(const void* x, Layout l, RangeSpec spec, float* scale, float* of
 std::tuple<Tensor, Tensor> choose_range(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                                         int64_t storage, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels, kRoundedBits);
   Tensor scale = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   Tensor offset = torch::stable::new_empty(x, {l.blocks}, ScalarType::Float);
   find_range(x.const_data_ptr(), l, spec, static_cast<float*>(scale.mutable_data_ptr()),
@@ -161,7 +161,7 @@ class Ranges {
 void fake_quantize_dynamic_out(const Tensor& x, int64_t block, int64_t qmin, int64_t qmax, int64_t rule,
                                int64_t storage, Tensor out, int64_t format, const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels, kRoundedBits);
   check_same(out, x, "out");
   const void* in = x.const_data_ptr();
   void* y = out.mutable_data_ptr();
@@ -189,7 +189,7 @@ Tensor fake_quantize_dynamic_backward(const Tensor& grad, const Tensor& x, int64
                                       int64_t rule, int64_t storage, int64_t format,
                                       const std::optional<Tensor>& levels) {
   const Layout l = layout_of(x, block);
-  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels);
+  const RangeSpec spec = range_spec_of(qmin, qmax, rule, storage, format, levels, kRoundedBits);
   check_same(grad, x, "grad");
   Tensor dx = output_like(x);
   const void* g = grad.const_data_ptr();

@@ -41,6 +41,7 @@ from .describe import bits, describe
 from .errors import PhiquantError, UnsupportedModelError
 from .export import export, verify
 from .fake_quant import FakeQuantize, fake_quantize
+from .input_quantizers import input_quantizer, round_inputs
 from .integer_model import compute_per_token, to_integer
 from .kmeans import kmeans, vector_kmeans
 from .learned import LearnedFakeQuantize, TrainedTernary, learned_parameters
@@ -138,6 +139,7 @@ __all__ = [
     "fake_quantize",
     "finalize_pruning",
     "imatrix",
+    "input_quantizer",
     "integer",
     "kmeans",
     "learned_parameters",
@@ -152,6 +154,7 @@ __all__ = [
     "quantize_tensor",
     "read_compressed",
     "repack",
+    "round_inputs",
     "same_codes",
     "share_weights",
     "spec",

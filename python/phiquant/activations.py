@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +18,14 @@ from .errors import PhiquantError
 from .formats.source import Source
 from .models import decoder, phi
 from .models.rope import read_rope
-from .observers import HistogramObserver, KLObserver, MinMaxObserver, Observer, PercentileObserver
+from .observers import KINDS, Kind, Observer
 from .spec import spec as read_spec
 from .tensor import QuantizedTensor
 
-Kind = Literal["minmax", "percentile", "mse", "kl"]
 Progress = Callable[[str, int, int], None]
 
 # An observer looks for a range, not for codes; 8 bits decide how coarse mse and kl take the grid to be.
 _SPEC = read_spec("uint8-tensor-asym")
-_OBSERVERS: dict[Kind, Callable[[], Observer]] = {
-    "minmax": lambda: MinMaxObserver(_SPEC),
-    "percentile": lambda: PercentileObserver(_SPEC, 99.99),
-    "mse": lambda: HistogramObserver(_SPEC),
-    "kl": lambda: KLObserver(_SPEC),
-}
 
 
 @dataclass
@@ -53,11 +45,11 @@ class Ranges:
 def observe(source: Source, ids: Tensor, kind: Kind = "minmax", *, progress: Progress | None = None) -> Ranges:
     """The ranges of a Phi-3 model's activations on the windows `ids` [n, T], int64.
 
-    kind: "minmax", "percentile" (99.99), "mse" or "kl"; docs/ranges.md compares them. PhiquantError if a value is
-    not finite, which 16 bits cannot hold.
+    kind: "minmax", "ema", "percentile" (99.99), "mse" or "kl"; docs/ranges.md compares them. PhiquantError if a
+    value is not finite, which 16 bits cannot hold.
     """
-    if kind not in _OBSERVERS:
-        raise PhiquantError(f"unknown observer {kind!r}; known: {', '.join(_OBSERVERS)}")
+    if kind not in KINDS:
+        raise PhiquantError(f"unknown observer {kind!r}; known: {', '.join(KINDS)}")
     run = _Run(source, int(ids.shape[1]), kind)
     hidden = [F.embedding(row, run.weight(f"{phi.EMBEDDING}.weight")) for row in ids]
     run.see("embedding", run.weight(f"{phi.EMBEDDING}.weight"))
@@ -98,7 +90,7 @@ class _Run:
         """Observe x under that name, and return it."""
         if not torch.isfinite(x).all():
             raise PhiquantError(f"{point}: the model computes values that are not finite on the calibration windows")
-        self.observers.setdefault(point, _OBSERVERS[self.kind]())(x)
+        self.observers.setdefault(point, KINDS[self.kind](_SPEC))(x)
         return x
 
     def ends(self, point: str) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from .formats import receipt as receipts
 from .formats.detect import locate
 from .formats.registry import FORMATS, find
 from .formats.source import Progress
+from .input_quantizers import ask_writer, input_grid
 from .model_source import ModelSource
 from .models import phi
 from .runtimes import check
@@ -78,10 +79,12 @@ def export(
 
     format: one of formats.registry.FORMATS. options: of its writer.
     float_dtype: of the tensors without codes; None: the narrowest that holds their values exactly.
-    PhiquantError, before anything is written, if the format cannot hold a grid exactly.
+    PhiquantError, before anything is written, if the format cannot hold a grid exactly, of weights or, where
+    linears round what they read, of inputs.
     """
     out = Path(out)
     writer = find(format).writer()
+    options = ask_writer(format, input_grid(model), options)
     source = ModelSource(model, tokenizer, float_dtype)
     claim_folder(out, format)
     writer.write(source, out, progress=progress, **options)

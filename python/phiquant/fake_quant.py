@@ -108,7 +108,7 @@ class FakeQuantize(KeepsDtype):
             raise ValueError("this FakeQuantize takes its range from each tensor; there is no observer")
         self.observer(x)
         if self.observer.seen:
-            self.set_range(*self.observer.parameters_of_range())
+            self.set_range(*self.observer.parameters_of_range(self.spec))
 
     def set_range(self, scale: Tensor, zero_point: Tensor | None, minimum: Tensor | None) -> None:
         """Use these parameters from now on (range="observer"): shape `spec.scale_shape(x.shape)`."""

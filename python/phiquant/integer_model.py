@@ -94,6 +94,9 @@ def compute_per_token(model: nn.Module, on: bool = True) -> nn.Module:
             raise PhiquantError(f"{name}: {error}") from error
         if zero_points is not None:
             raise PhiquantError(f"{name}: {layer.quantized.spec} has zero points; use a symmetric grid")
+        inputs = getattr(layer, "input_quantizer", None)
+        if on and inputs is not None and inputs.spec != integer.TOKENS:
+            raise PhiquantError(f"{name} rounds what it reads to {inputs.spec}; integers take {integer.TOKENS}")
     for layer in layers.values():
         layer.per_token = on
     return model

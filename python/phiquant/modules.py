@@ -25,7 +25,15 @@ Quantizer = FakeQuantize | KnownGrid | LearnedFakeQuantize | TrainedTernary
 Origin = dict[str, Any]  # how codes were chosen, fit for JSON: {"solver": "gptq", "statistics": {...}}
 
 
-class QATLinear(nn.Linear):
+class _RoundsInput(nn.Module):
+    """A linear that may round what it reads: by `input_quantizer`, where there is one (input_quantizers.py)."""
+
+    def rounded(self, input: torch.Tensor) -> torch.Tensor:
+        quantizer = getattr(self, "input_quantizer", None)
+        return input if quantizer is None else quantizer(input)
+
+
+class QATLinear(_RoundsInput, nn.Linear):
     """A Linear whose weight passes through its grid in every forward: x [..., K] -> [..., N].
 
     `weight` is the float master, the very Parameter of the Linear it was; gradients reach it by the
@@ -36,7 +44,7 @@ class QATLinear(nn.Linear):
     origin: Origin
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+        return F.linear(self.rounded(input), self.weight_quantizer(self.weight), self.bias)
 
 
 class QATEmbedding(nn.Embedding):
@@ -145,12 +153,12 @@ class _ComputesInIntegers(_HoldsCodes):
         return grid
 
 
-class QuantizedLinear(_ComputesInIntegers, nn.Linear):
+class QuantizedLinear(_RoundsInput, _ComputesInIntegers, nn.Linear):
     """A Linear with codes. `.quantized` is what a file gets.
 
-    Given floats, it computes with the decoded codes, or, where per_token is set, on int8 activations with
-    a scale for each token (`integer.linear_per_token`). Given a QuantizedTensor, it computes in integers alone,
-    or, where that has a scale for each token, gives floats.
+    Given floats, it rounds them by its input_quantizer, if any, and computes with the decoded codes, or, where
+    per_token is set, on int8 activations with a scale for each token (`integer.linear_per_token`). Given a
+    QuantizedTensor, it computes in integers alone, or, where that has a scale for each token, gives floats.
     """
 
     per_token: bool = False
@@ -162,7 +170,7 @@ class QuantizedLinear(_ComputesInIntegers, nn.Linear):
             return integer.linear(input, self.integer_weight, self.bias, self.output_grid(), self.relu)
         if self.per_token:
             return integer.linear_per_token(input, self.integer_weight, self.bias)
-        return super().forward(input)
+        return super().forward(self.rounded(input))
 
 
 class QuantizedConv2d(_ComputesInIntegers, nn.Conv2d):
@@ -213,3 +221,5 @@ def to_quantized(
     module.__class__ = QUANTIZED_CLASS[type(module)]
     module.weight = weight
     module.weight_quantizer = StoredCodes(quantized, origin)
+    if isinstance(inputs := getattr(module, "input_quantizer", None), FakeQuantize):
+        inputs.observing = False  # what it has seen in training is its range from now on

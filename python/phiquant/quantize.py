@@ -13,6 +13,7 @@ from torch import nn
 from .calibrate import Calibration, calibrate, nearest, token_windows
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize, KnownGrid
+from .input_quantizers import input_quantizer, round_inputs
 from .learned import LearnedFakeQuantize
 from .models import phi
 from .modules import (
@@ -26,6 +27,7 @@ from .modules import (
     to_qat,
     to_quantized,
 )
+from .observers import Kind
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import Codebook, QuantSpec, Target
@@ -51,6 +53,8 @@ def quantize(
     folder: str | Path | None = None,
     offload: bool = False,
     transforms: Sequence[str] = (),
+    activations: str | QuantSpec | None = None,
+    observer: Kind | None = None,
 ) -> Model:
     """Choose codes for the model's Linear (and, if the recipe names them, Embedding) weights, in place.
 
@@ -64,10 +68,14 @@ def quantize(
     folder: where a calibrated run keeps its finished layers, so that the same call goes on after an interruption.
         offload: keep its activations there too, not in memory.
     transforms: rewrites that come first and leave the float function alone (see `transform`): ["fold"].
+    activations: the grid that linears with codes round what they read to ("int8-token-sym"), by themselves or, per
+        tensor, on ranges that an observer ("minmax", "ema", "percentile", "mse", "kl") finds on the calibration data.
     Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged, but for
     its transforms.
     """
     specs = _specs(model, what)
+    if activations is not None:
+        input_quantizer(activations, observer)  # refuses before anything is done
     if transforms:
         transform(model, transforms, specs=specs, calibration=calibration, tokenizer=tokenizer)
     with split(model, specs):
@@ -88,6 +96,8 @@ def quantize(
     rewritten = {"transforms": applied(model)} if applied(model) else {}
     for modules, quantized, origin in solved:
         _attach(modules, quantized, {**origin, **rewritten})
+    if activations is not None:
+        round_inputs(model, activations, observer, calibration=calibration, tokenizer=tokenizer)
     if progress:
         progress("done", len(groups), len(groups))
     return model
@@ -103,7 +113,14 @@ def _solve(
         yield modules, quantize_tensor(weight, spec, solver=solver, name=f"{names[0]}.weight")
 
 
-def prepare_qat(model: Model, what: What | None = None, range: Range = "tensor") -> Model:
+def prepare_qat(
+    model: Model,
+    what: What | None = None,
+    range: Range = "tensor",
+    *,
+    activations: str | QuantSpec | None = None,
+    observer: Kind | None = None,
+) -> Model:
     """Let the model train through its grids, in place: what trains is what convert() will store.
 
     what: a target, a spec or a Recipe. None: go on with a model that has codes (of load() or quantize()): its layers
@@ -113,12 +130,17 @@ def prepare_qat(model: Model, what: What | None = None, range: Range = "tensor")
         extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
         kept through training. "learned": starts there and is trained with the weights (LSQ, LSQ+): new
         parameters, `weight_quantizer.scale` and `.offset`, that an optimizer must be given.
+    activations: as in quantize(); with an observer, it sees what linears read while the model is in training mode, and
+        convert() fixes the range.
     The weights stay the same objects under the same names: optimizers made before keep working. (But where a recipe
     gives q, k, v or gate, up different specs, the fused linear becomes a SplitLinear of new ones.)
     Returns the model. On an error it is unchanged.
     """
+    if activations is not None:
+        input_quantizer(activations, observer)  # refuses before anything is done
     if what is None:
-        return _continue(model)
+        _continue(model)
+        return model if activations is None else round_inputs(model, activations, observer)
     specs = _specs(model, what)
     made = []
     with split(model, specs):
@@ -129,7 +151,7 @@ def prepare_qat(model: Model, what: What | None = None, range: Range = "tensor")
     for modules, quantizer in made:
         for module in modules:
             to_qat(module, quantizer, {"solver": "qat", "range": range})
-    return model
+    return model if activations is None else round_inputs(model, activations, observer)
 
 
 def _continue(model: Model) -> Model:

@@ -92,15 +92,19 @@ class Observer(KeepsDtype):
         """(lo, hi), float32 in the shape of the scales: the range that this observer proposes."""
         return self.lo, self.hi
 
-    def parameters_of_range(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(scale, zero_point, minimum) of `range()`. RuntimeError if nothing was seen."""
-        if self.spec.anchor in ("absmean", "twn"):
+    def parameters_of_range(self, spec: QuantSpec | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(scale, zero_point, minimum) of `range()`. RuntimeError if nothing was seen.
+
+        spec: the grid, where it is another than that which the observer took for its search.
+        """
+        spec = spec or self.spec
+        if spec.anchor in ("absmean", "twn"):
             raise ValueError(
-                f"the scale of {self.spec} is a mean of |x|, which no range gives; use FakeQuantize with range='tensor'"
+                f"the scale of {spec} is a mean of |x|, which no range gives; use FakeQuantize with range='tensor'"
             )
         if not self.seen:
             raise RuntimeError("the observer has seen no values yet; run some batches through it first")
-        return ops.range_from_min_max(*self.range(), **range_arguments(self.spec))
+        return ops.range_from_min_max(*self.range(), **range_arguments(spec))
 
     def _look(self, x: Tensor) -> dict[str, Tensor]:
         """The state after seeing x alone: a value for each buffer."""
