@@ -44,7 +44,9 @@ from .fake_quant import FakeQuantize, fake_quantize
 from .input_quantizers import input_quantizer, round_inputs
 from .integer_model import compute_per_token, to_integer
 from .kmeans import kmeans, vector_kmeans
-from .learned import LearnedFakeQuantize, TrainedTernary, learned_parameters
+from .learned import LearnedFakeQuantize, TrainedScales, learned_groups, learned_parameters
+from .learned_clip import LearnedClipping
+from .learned_levels import LearnedCodebook, TrainedTernary
 from .load import load
 from .modules import QATEmbedding, QATLinear, QuantizedConv2d, QuantizedEmbedding, QuantizedLinear
 from .observers import (
@@ -103,6 +105,8 @@ __all__ = [
     "HistogramObserver",
     "Int",
     "KLObserver",
+    "LearnedClipping",
+    "LearnedCodebook",
     "LearnedFakeQuantize",
     "MinMaxObserver",
     "NormalFloat",
@@ -124,6 +128,7 @@ __all__ = [
     "Target",
     "Ternary",
     "TorchHistogramObserver",
+    "TrainedScales",
     "TrainedTernary",
     "UnsupportedModelError",
     "bits",
@@ -142,6 +147,7 @@ __all__ = [
     "input_quantizer",
     "integer",
     "kmeans",
+    "learned_groups",
     "learned_parameters",
     "load",
     "magnitude_mask",

@@ -16,12 +16,12 @@ from torch import nn
 from . import integer
 from .errors import PhiquantError
 from .fake_quant import FakeQuantize, KnownGrid
-from .learned import LearnedFakeQuantize, TrainedTernary
+from .learned import Learned
 from .observers import KeepsDtype
 from .spec import PerToken, QuantSpec
 from .tensor import PARAMETERS, QuantizedTensor
 
-Quantizer = FakeQuantize | KnownGrid | LearnedFakeQuantize | TrainedTernary
+Quantizer = FakeQuantize | KnownGrid | Learned
 Origin = dict[str, Any]  # how codes were chosen, fit for JSON: {"solver": "gptq", "statistics": {...}}
 
 
@@ -211,7 +211,7 @@ def to_qat(module: nn.Module, quantizer: Quantizer, origin: Origin | None = None
     module.__class__ = (QAT_CLASS | CONTINUED_CLASS)[type(module)]
     module.weight_quantizer = quantizer
     module.origin = origin or {}  # type: ignore[assignment]
-    module.get_parameter("weight").requires_grad_(True)
+    module.get_parameter("weight").requires_grad_(not isinstance(quantizer, Learned) or quantizer.moves_weights)
 
 
 def to_quantized(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .calibrate import Calibration, calibrate, nearest, token_windows
 from .errors import PhiquantError
-from .fake_quant import FakeQuantize, KnownGrid
 from .input_quantizers import input_quantizer, round_inputs
-from .learned import LearnedFakeQuantize
 from .models import phi
 from .modules import (
     QAT_CLASS,
@@ -30,14 +28,14 @@ from .modules import (
 from .observers import Kind
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, quantize_tensor
-from .spec import Codebook, QuantSpec, Target
+from .spec import QuantSpec, Target
 from .split_linear import projection_name, split
 from .tensor import QuantizedTensor
 from .transforms import applied, transform
+from .weight_quantizers import CONTINUED, Range, for_codes, for_weight
 
 Model = TypeVar("Model", bound=nn.Module)
 What = Recipe | QuantSpec | Target | str
-Range = Literal["tensor", "observer", "mse", "learned"]
 Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, layers in all)
 
 
@@ -124,12 +122,18 @@ def prepare_qat(
     """Let the model train through its grids, in place: what trains is what convert() will store.
 
     what: a target, a spec or a Recipe. None: go on with a model that has codes (of load() or quantize()): its layers
-        start from the decoded weights on the very grids they have, whatever `range` says, and convert() gives
-        the same codes again where nothing was trained.
-    range: where a grid's range comes from. "tensor": the weight as it is in each step. "observer": the
-        extremes that the weight has had so far. "mse": what the mse solver finds for the weight as it is now,
-        kept through training. "learned": starts there and is trained with the weights (LSQ, LSQ+): new
-        parameters, `weight_quantizer.scale` and `.offset`, that an optimizer must be given.
+        start from the decoded weights on the very grids they have, and convert() gives the same codes again where
+        nothing was trained.
+    range: where a grid's range comes from (docs/qat.md).
+        "tensor": the weight as it is in each step. "observer": the extremes that the weight has had so far. "mse": what
+        the mse solver finds for the weight as it is now, kept through training.
+        "learned": starts there and is trained with the weights (LSQ; with an offset LSQ+; of a codebook its levels).
+        "lsq", "lsq+": the same from the papers' starts. "clip": the share of the extremes that is used is trained.
+        "ternary": TTQ, for the spec "codebook3-tensor". "scales": the codes stay, of the mse solver or those that the
+        model has, and scales or levels alone are trained.
+        Going on with codes, "learned", "lsq", "lsq+" and "scales" train their grid, the others keep it.
+    What is trained beside the weights are new parameters under `weight_quantizer`, that an optimizer must be given:
+    `learned_parameters(model)`.
     activations: as in quantize(); with an observer, it sees what linears read while the model is in training mode, and
         convert() fixes the range.
     The weights stay the same objects under the same names: optimizers made before keep working. (But where a recipe
@@ -139,31 +143,31 @@ def prepare_qat(
     if activations is not None:
         input_quantizer(activations, observer)  # refuses before anything is done
     if what is None:
-        _continue(model)
+        _continue(model, range)
         return model if activations is None else round_inputs(model, activations, observer)
     specs = _specs(model, what)
     made = []
     with split(model, specs):
         for names, modules, spec in _groups(model, specs):
             weight = modules[0].get_parameter("weight")
-            _check_shape(names[0], weight, spec)
-            made.append((modules, _quantizer(weight, spec, range)))
+            made.append((modules, for_weight(names[0], weight, spec, range)))
     for modules, quantizer in made:
         for module in modules:
             to_qat(module, quantizer, {"solver": "qat", "range": range})
     return model if activations is None else round_inputs(model, activations, observer)
 
 
-def _continue(model: Model) -> Model:
+def _continue(model: Model, range: Range) -> Model:
     """Let the layers that hold codes train on, each on its own grid."""
-    quantizers: dict[int, KnownGrid] = {}
+    quantizers: dict[int, Quantizer] = {}
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)]
     if not layers:
         raise PhiquantError(f"{type(model).__name__} has no codes to go on with; name a grid: prepare_qat(model, spec)")
     for name, module in layers:
-        quantizers.setdefault(id(module.weight), KnownGrid(module.checked(name)))
+        quantizers.setdefault(id(module.weight), for_codes(name, module.checked(name), range))
     for _, module in layers:
-        origin = {"solver": "qat", "range": "stored", "from": module.weight_quantizer.origin}
+        told = range if range in CONTINUED else "stored"
+        origin = {"solver": "qat", "range": told, "from": module.weight_quantizer.origin}
         to_qat(module, quantizers[id(module.weight)], origin)
     return model
 
@@ -249,33 +253,3 @@ def _refuse_twice(model: nn.Module) -> None:
                 f"{name} is already quantized to {module.quantized.spec}; codes are chosen once: load the float model "
                 "to choose others, or go on with these by prepare_qat(model) without a grid"
             )
-
-
-def _quantizer(weight: torch.Tensor, spec: QuantSpec, range: Range) -> Quantizer:
-    if range not in ("tensor", "observer", "mse", "learned"):
-        raise PhiquantError(f"range is 'tensor', 'observer', 'mse' or 'learned', not {range!r}")
-    if range == "learned":
-        learned = LearnedFakeQuantize(spec, tuple(weight.shape), start="mse").to(weight.device)
-        learned.initialize(weight.detach())
-        return learned
-    if range == "tensor":
-        return FakeQuantize(spec)
-    if range == "mse" and (spec.two_level is not None or isinstance(spec.element, Codebook)):
-        solver = "kmeans" if isinstance(spec.element, Codebook) else "mse"
-        return KnownGrid(quantize_tensor(weight.detach().cpu(), spec, solver=solver)).to(weight.device)
-    quantizer = FakeQuantize(spec, range="observer")
-    if range == "observer":
-        quantizer.to(weight.device).observe(weight.detach())  # a range to begin with, also in evaluation mode
-    else:
-        quantizer.observing = False
-        chosen = quantize_tensor(weight.detach().cpu(), spec, solver="mse")  # the search runs on the CPU
-        assert chosen.scales is not None  # FakeQuantize observes only specs with scales
-        quantizer.set_range(chosen.scales, chosen.zero_points, chosen.minimums)
-    return quantizer.to(weight.device)
-
-
-def _check_shape(name: str, weight: torch.Tensor, spec: QuantSpec) -> None:
-    try:
-        spec.scale_shape(tuple(weight.shape))
-    except ValueError as error:
-        raise PhiquantError(f"{name}.weight: {error}") from error
