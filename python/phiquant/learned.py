@@ -322,6 +322,7 @@ class _OnLevels(torch.autograd.Function):
     """`fake_quantize` of elements that are not integers, and LSQ's gradient of the scale.
 
     y = s c(x / s): ds = sum of g (c - v) where the gradient passes to x, of g c elsewhere: (sum of g y - dx x) / s.
+    Of binary sum of g c, for its c, the sign of x, does not depend on s at all.
     """
 
     @staticmethod
@@ -338,7 +339,8 @@ class _OnLevels(torch.autograd.Function):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (dx,) = torch.autograd.grad(on_known_grid(leaf, ctx.spec, scale=scale.detach()), leaf, g)
-        sums = _sums(g.float() * y.float() - dx.float() * x.float(), scale)
+        passed = 0.0 if isinstance(ctx.spec.element, Binary) else dx.float() * x.float()
+        sums = _sums(g.float() * y.float() - passed, scale)
         return dx, torch.where(scale != 0, sums / scale, 0.0) * ctx.gradient_scale, None, None
 
 
