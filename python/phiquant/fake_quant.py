@@ -117,6 +117,21 @@ class FakeQuantize(KeepsDtype):
         self.scale, self.zero_point, self.minimum = scale, zero_point, minimum
 
     @torch.no_grad()
+    def freeze(self, x: Tensor) -> None:
+        """Keep the range that is in use, with range="tensor" that of x, from now on.
+
+        Buffers hold it, so a `state_dict` does; one that is loaded with a range freezes range="tensor" as well.
+        """
+        self.observing = False
+        if self.range == "tensor" and self.spec.has_scale:
+            if self.spec.two_level is not None:
+                raise ValueError(f"{self.spec} keeps no range of its own; prepare it with range='mse', which is kept")
+            found = encode_dynamic(x.detach(), self.spec)
+            assert found.scales is not None
+            self.range = "observer"
+            self.set_range(found.scales, found.zero_points, found.minimums)
+
+    @torch.no_grad()
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """The codes that `forward(x)` decodes. Call it in evaluation mode or with observing off."""
         if self.range == "tensor":
@@ -132,8 +147,10 @@ class FakeQuantize(KeepsDtype):
         # The buffers are None until a range is known; take the saved ones' shape and dtype.
         for name in ("scale", "zero_point", "minimum"):
             saved = state_dict.get(prefix + name)
-            if saved is not None and self.range == "observer":
-                setattr(self, name, torch.empty_like(saved))
+            if saved is not None:
+                self.range = "observer"  # frozen, if it was "tensor"
+                old = getattr(self, name)
+                setattr(self, name, torch.empty_like(saved, device=saved.device if old is None else old.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -190,6 +190,10 @@ def convert(model: Model, progress: Progress | None = None, *, trained: Mapping[
         name, first = members[0]
         if progress:
             progress(name, done, len(groups))
+        if hasattr(first.weight, "full_tensor"):
+            raise PhiquantError(
+                f"{name}.weight is sharded; gather(model, whole) brings the weights together (docs/training-engines.md)"
+            )
         if not torch.isfinite(first.weight).all():
             raise PhiquantError(f"{name}.weight is not finite after training; lower the learning rate")
         origin = {**first.origin, **(trained or {})}

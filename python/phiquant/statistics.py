@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import PhiquantError
+from .ranks import ALONE, Ranks
 
 _STRIP = 512  # rows of the moments computed at a time, from the diagonal on
 
@@ -20,15 +21,24 @@ class Statistics:
     moments: [K, K] sum of x x^T in `dtype`; `hessian` completes what lies below its diagonal strips.
     abs_sum: float64 [K] sum of |x|. abs_max: float32 [K] largest |x|. tokens: how many were seen.
     dtype: float32, or float64, which is slower and for data sets of very many tokens.
+    ranks: processes that all show the same tokens in the same order; each sums some strips of the moments, and
+        `complete` brings these together: to the bit what one process sums.
     """
 
-    def __init__(self, features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        features: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
+    ) -> None:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"moments are summed in float32 or float64, not {dtype}")
         self.moments = torch.zeros(features, features, dtype=dtype, device=device)
         self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.abs_max = torch.zeros(features, device=device)
         self.tokens = 0
+        self.ranks = ranks
         self._mirrored = False
 
     @property
@@ -43,7 +53,8 @@ class Statistics:
         rows = x.detach().reshape(-1, self.features).to(self.moments)
         if not len(rows):
             return
-        for start in range(0, self.features, _STRIP):  # x^T x is symmetric: nearly half of it need not be computed
+        mine = range(_STRIP * self.ranks.rank, self.features, _STRIP * self.ranks.world)
+        for start in mine:  # x^T x is symmetric: nearly half of it need not be computed
             self.moments[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
         size = rows.abs()
         self.abs_sum += size.sum(0, dtype=torch.float64)
@@ -60,6 +71,13 @@ class Statistics:
         self.abs_max = torch.maximum(self.abs_max, other.abs_max.to(self.abs_max))
         self.tokens += other.tokens
         self._mirrored = False
+
+    def complete(self) -> None:
+        """Give every rank the strips of moments that the others have summed. Every rank must call it, once."""
+        for index, start in enumerate(range(0, self.features, _STRIP) if self.ranks.world > 1 else ()):
+            strip = self.moments[start : start + _STRIP, start:].contiguous()
+            self.ranks.broadcast(strip, index % self.ranks.world)
+            self.moments[start : start + _STRIP, start:] = strip
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Merge the statistics of all processes of torch.distributed's `group`, in each of them."""
