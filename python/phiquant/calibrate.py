@@ -1,26 +1,29 @@
 """Data-driven solvers over a whole model: decoder layer by decoder layer, on the inputs of the quantized prefix.
 
-Beside the model, memory holds one decoder layer in float32 and the activations between two layers, or with a
-folder for them the pages of a file. B = windows at a time, T = tokens in a window, D = hidden size.
+One loop for a model in memory and for a checkpoint on disk (calibration_layers.py). Beside what gives the layers,
+memory holds one decoder layer in float32, one matrix and its statistics, and the activations between two layers;
+with offload, those of some windows. T = tokens in a window, D = hidden size.
 """
 
 from __future__ import annotations
 
-import copy
+import hashlib
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calibration_state import CalibrationState
+from .calibration_inputs import Activations
+from .calibration_layers import Layers
+from .calibration_state import Solved
 from .errors import PhiquantError
 from .evaluate import windows
+from .formats.receipt import version
 from .models import phi
 from .solvers import quantize_tensor
 from .spec import Codebook, QuantSpec
@@ -29,12 +32,12 @@ from .tensor import QuantizedTensor
 from .testing import training_text
 
 Calibration = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
-Choice = tuple[str, nn.Module, QuantSpec]  # name of a layer, the layer, its grid
 Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, layers in all)
 
 WINDOW, WINDOWS = 512, 64  # tokens in a window, windows taken from a text
-_BATCH = 8  # windows in one forward
 _ROWS = 1024  # rows, evenly spaced, that the reported output error is measured on
+_SHOWN = 2  # windows that the reported error of a decoder layer is measured on
+_TABLE_ROWS = 1 << 14  # of the embedding, read at a time
 
 _log = logging.getLogger("phiquant")
 
@@ -62,51 +65,69 @@ def token_windows(calibration: Calibration | None, tokenizer: Any = None) -> Ten
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    chosen: Sequence[Choice],
+    layers: Layers,
+    specs: Mapping[str, QuantSpec],
     solver: str,
     ids: Tensor,
     *,
     folder: Path | None = None,
     offload: bool = False,
     progress: Progress | None = None,
-) -> dict[str, QuantizedTensor]:
-    """Codes for the `chosen` layers of a Phi-3 model, which stays as it is, by name.
+) -> Solved:
+    """Codes for the modules that `specs` names, of a Phi-3 model that stays as it is.
 
     Each decoder layer sees what the quantized layers before it make of the windows `ids` [n, T], and inside a layer
     each linear what the quantized linears before it make. The embedding (also where lm_head shares it) gets the
     nearest codes: it has no inputs to weigh errors by.
-    folder: where finished layers are kept, so that a killed run goes on with the same bytes (on the same machine,
-        with as many threads). offload: keep the activations there as well, in a file, not in memory.
+    folder: where each matrix is kept once it is solved, so that a killed run goes on to the same bytes (on the same
+        machine, with as many threads); the codes are read from there. offload: keep the activations there as well,
+        not in memory; a killed run then goes on from the inputs of the last decoder layer it reached.
     """
-    layers = _layers(model)
     if offload and folder is None:
         raise PhiquantError("offload keeps activations in the folder of the run; give folder=")
-    state = CalibrationState(folder, solver, ids, chosen)
-    run = _Run(solver, state, progress, len(chosen))
-    solved = run.layer("embedding", [c for c in chosen if c[0] == phi.EMBEDDING], None)
-    with _first_inputs(model, ids, state.activations(offload), solved.get(phi.EMBEDDING)) as activations:
-        for index, layer in enumerate(layers):
-            prefix = f"model.layers.{index}."
-            inside = {name.removeprefix(prefix): (name, m, s) for name, m, s in chosen if name.startswith(prefix)}
-            parts = [
-                at for part in phi.LAYER_LINEARS for at in inside if f"{at}.".startswith(f"{part}.")
-            ]  # as they compute
-            work = copy.deepcopy(layer).float().eval()
-            solved |= run.layer(f"layer-{index:04}", [inside[part] for part in parts], (work, prefix, activations))
+    parts = [_parts(specs, index) for index in range(layers.count)]
+    known = {phi.EMBEDDING, phi.HEAD}.union(*(names for one in parts for names in one.values()))
+    if strangers := [name for name in specs if name not in known]:
+        raise PhiquantError(f"{strangers[0]} is no layer of a {phi.ARCHITECTURE}; give it a data-free solver")
+    solved = Solved(
+        folder, _fingerprint(layers, specs, solver, ids), {n: (s, layers.shape(n)) for n, s in specs.items()}
+    )
+    run = _Run(layers, solver, solved, progress)
+    if phi.EMBEDDING in specs:
+        run.solve(phi.EMBEDDING, None)
+    stages = [[name for names in one.values() for name in names] for one in parts]
+    stages.append([phi.HEAD] if phi.HEAD in specs else [])
+    unsolved = [index for index, names in enumerate(stages) if any(map(solved.missing, names))]
+    if not unsolved:
+        return solved
+    shape = (*ids.shape, layers.shape(phi.EMBEDDING)[1])
+    label = f"activations-{solved.fingerprint[:12]}"
+    activations = Activations(shape, folder if offload else None, label, layers.device)
+    if activations.at > unsolved[0]:
+        activations.forget()
+    if activations.at < 0:
+        run.embed(ids, activations)
+    activations.arguments = layers.arguments(activations.read(slice(0, 1)))
+    run.done += sum(map(len, stages[: activations.at]))
+    for index in range(activations.at, min(unsolved[-1] + 1, layers.count)):
+        work = run.decoder(index, parts[index], activations)
+        if index < unsolved[-1]:
             activations.advance(work)
-        head = [c for c in chosen if c[0] == phi.HEAD]
-        if head:
-            norm = copy.deepcopy(model.get_submodule(phi.FINAL_NORM)).float()
-            activations.arguments = {}
-            work = nn.Sequential()
-            work.add_module("norm", norm)
-            work.add_module(phi.HEAD, copy.deepcopy(head[0][1]).float())
-            solved |= run.layer("head", head, (work, "", activations))
-    missing = [name for name, _, _ in chosen if name not in solved]
-    if missing:
-        raise PhiquantError(f"{missing[0]} is no layer of a {phi.ARCHITECTURE}; give it a data-free solver")
+    if solved.missing(phi.HEAD) if phi.HEAD in specs else ():
+        activations.arguments = {}
+        seen = nn.Sequential(layers.norm(), nn.Identity())
+        run.solve(phi.HEAD, activations.statistics(seen, seen[1], shape[2]))
+    activations.forget()
     return solved
+
+
+def told(name: str, spec: QuantSpec, solver: str, ids: Tensor) -> dict[str, Any]:
+    """What the receipt tells of the codes that calibrate() chose for a module: token ids [n, T]."""
+    if name == phi.EMBEDDING:
+        return {"solver": nearest(spec)}
+    digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
+    about = {"kind": "inputs of each layer", "windows": len(ids), "tokens": ids.numel(), "digest": digest}
+    return {"solver": solver, "statistics": about}
 
 
 def output_error(w: Tensor, quantized: QuantizedTensor, statistics: Statistics) -> float:
@@ -119,90 +140,87 @@ def output_error(w: Tensor, quantized: QuantizedTensor, statistics: Statistics) 
     return float(((wrong @ hessian) * wrong).sum(dtype=torch.float64) / size) if size else 0.0
 
 
-class _Stop(Exception):
-    """The layer asked for has got its input; what comes after it is of no use yet."""
-
-
-class _Activations:
-    """What flows from one decoder layer to the next: hidden [n, T, D], and the arguments that come with it."""
-
-    def __init__(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        self.hidden, self.arguments = hidden, arguments
-
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, len(self.hidden), _BATCH):
-            yield slice(start, start + _BATCH)
-
-    def advance(self, layer: nn.Module) -> None:
-        """Replace the activations by the layer's output."""
-        for batch in self._batches():
-            result = layer(self.hidden[batch], **self.arguments)
-            self.hidden[batch] = result[0] if isinstance(result, tuple) else result
-
-    def statistics(self, layer: nn.Module, linear: nn.Module, features: int) -> Statistics:
-        """Statistics of the input that `linear`, inside `layer`, gets."""
-        seen = Statistics(features)
-
-        def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.update(arguments[0])
-            raise _Stop
-
-        hook = linear.register_forward_pre_hook(see)
-        try:
-            for batch in self._batches():
-                with suppress(_Stop):
-                    layer(self.hidden[batch], **self.arguments)
-        finally:
-            hook.remove()
-        return seen
-
-
 class _Run:
-    """Solves or restores one group of layers after the other."""
+    """Solves the matrices of one decoder layer after the other, or takes what is solved."""
 
-    def __init__(self, solver: str, state: CalibrationState, progress: Progress | None, total: int) -> None:
-        self.solver, self.state, self.progress, self.total = solver, state, progress, total
+    def __init__(self, layers: Layers, solver: str, solved: Solved, progress: Progress | None) -> None:
+        self.layers, self.solver, self.solved, self.progress = layers, solver, solved, progress
         self.done = 0
 
-    def layer(
-        self, key: str, chosen: Sequence[Choice], inputs: tuple[nn.Module, str, _Activations] | None
-    ) -> dict[str, QuantizedTensor]:
-        """Codes of these layers; inside the module of `inputs` their weights become the values of the codes."""
-        if not chosen:
-            return {}
-        solved = self.state.read(key, {name: spec for name, _, spec in chosen})
-        restored = solved is not None
-        solved = solved or {}
-        for name, module, spec in chosen:
-            if self.progress:
-                self.progress(name, self.done, self.total)
-            weight = module.get_parameter("weight").detach()
-            if inputs is None:
-                solved.setdefault(name, quantize_tensor(weight, spec, nearest(spec), f"{name}.weight"))
-            else:
-                work, prefix, activations = inputs
-                linear = work.get_submodule(name.removeprefix(prefix))
-                if not restored:
-                    statistics = activations.statistics(work, linear, weight.shape[1])
-                    solved[name] = self._solve(name, weight, spec, statistics)
-                linear.get_parameter("weight").data = solved[name].dequantize()
-            self.done += 1
-        if not restored:
-            self.state.write(key, solved)
-        return solved
+    def embed(self, ids: Tensor, activations: Activations) -> None:
+        """The inputs of the first decoder layer: rows of the embedding, of its codes where it has some."""
+        tokens, index = ids.unique(return_inverse=True)
+        table = torch.cat(list(self._embeddings(tokens)))
+        activations.replace(lambda batch: table[index[batch]])
 
-    def _solve(self, name: str, weight: Tensor, spec: QuantSpec, statistics: Statistics) -> QuantizedTensor:
-        began = time.monotonic()
-        solved = quantize_tensor(weight, spec, self.solver, f"{name}.weight", statistics=statistics)
-        before, after = (
-            output_error(weight, quantized, statistics)
-            for quantized in (quantize_tensor(weight, spec, nearest(spec), f"{name}.weight"), solved)
-        )
-        _log.info(
-            "%s: output error %.2e nearest, %.2e %s; %s, %d tokens, %.1f s",
-            *(name, before, after, self.solver, spec, statistics.tokens, time.monotonic() - began),
-        )
-        return solved
+    def _embeddings(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Those of these tokens, ascending, [., D] float32, from some rows of the table at a time."""
+        for start in range(0, self.layers.shape(phi.EMBEDDING)[0], _TABLE_ROWS):
+            inside = tokens[(tokens >= start) & (tokens < start + _TABLE_ROWS)] - start
+            if len(inside):
+                rows = slice(start, start + _TABLE_ROWS)
+                coded = phi.EMBEDDING in self.solved.specs
+                table = self.solved.read(phi.EMBEDDING, rows).dequantize() if coded else None
+                table = self.layers.weight(phi.EMBEDDING, rows) if table is None else table
+                yield table[inside.to(table.device)].float().cpu()
+
+    def decoder(self, index: int, parts: Mapping[str, Sequence[str]], activations: Activations) -> nn.Module:
+        """The decoder layer with the values of its codes, those that are missing solved in the order of its program."""
+        prefix = f"model.layers.{index}."
+        work = self.layers.decoder(index)
+        weights = {
+            name: work.get_submodule(name.removeprefix(prefix)).get_parameter("weight").data
+            for names in parts.values()
+            for name in names
+        }
+        shown = activations.read(slice(0, _SHOWN)) if any(map(self.solved.missing, weights)) else None
+        if shown is not None:
+            wanted = activations.call(work, shown)
+            before = _distance(wanted, self._nearest(work, weights, activations, shown))
+        for part, names in parts.items():
+            statistics = None
+            if any(map(self.solved.missing, names)):
+                linear = work.get_submodule(part)
+                statistics = activations.statistics(work, linear, self.layers.shape(names[0])[1])
+            for name in names:
+                self.solve(name, statistics)
+                weights[name].copy_(self.solved.read(name).dequantize())
+        if shown is not None:
+            after = _distance(wanted, activations.call(work, shown))
+            _log.info("%s: output error %.2e nearest, %.2e %s", prefix[:-1], before, after, self.solver)
+        return work
+
+    def _nearest(
+        self, work: nn.Module, weights: Mapping[str, Tensor], activations: Activations, shown: Tensor
+    ) -> Tensor:
+        """What the layer makes of `shown` with the nearest codes; its weights are as before."""
+        for name, weight in weights.items():
+            spec = self.solved.specs[name]
+            weight.copy_(quantize_tensor(weight, spec, nearest(spec), f"{name}.weight").dequantize())
+        result = activations.call(work, shown)
+        for name, weight in weights.items():
+            weight.copy_(self.layers.weight(name))
+        return result
+
+    def solve(self, name: str, statistics: Statistics | None) -> None:
+        """Keep the codes of a matrix: the nearest without statistics of its input."""
+        if self.progress:
+            self.progress(name, self.done, len(self.solved.specs))
+        spec = self.solved.specs[name]
+        solver = nearest(spec) if statistics is None else self.solver
+        for key, rows in self.solved.missing(name).items():
+            began = time.monotonic()
+            weight = self.layers.weight(name, rows)
+            piece = quantize_tensor(weight, spec, solver, f"{name}.weight", rows.start, statistics)
+            if statistics is not None:
+                rounded = quantize_tensor(weight, spec, nearest(spec), f"{name}.weight")
+                before, after = (output_error(weight, codes, statistics) for codes in (rounded, piece))
+                _log.info(
+                    "%s: output error %.2e nearest, %.2e %s; %s, %d tokens, %.1f s",
+                    *(key, before, after, solver, spec, statistics.tokens, time.monotonic() - began),
+                )
+            self.solved.write(key, piece)
+        self.done += 1
 
 
 def nearest(spec: QuantSpec) -> str:
@@ -210,49 +228,23 @@ def nearest(spec: QuantSpec) -> str:
     return "kmeans" if isinstance(spec.element, Codebook) else "rtn"
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise PhiquantError(f"calibration follows a {phi.ARCHITECTURE}; {type(model).__name__} has no model.layers")
-    return layers
+def _parts(specs: Mapping[str, QuantSpec], index: int) -> dict[str, list[str]]:
+    """The modules of a decoder layer to be solved, by the linear whose input they share, as these compute."""
+    found = {
+        part: [name for name in specs if f"{name}.".startswith(f"model.layers.{index}.{part}.")]
+        for part in phi.LAYER_LINEARS
+    }
+    return {part: names for part, names in found.items() if names}
 
 
-@contextmanager
-def _first_inputs(
-    model: nn.Module, ids: Tensor, file: Path | None, embedding: QuantizedTensor | None
-) -> Iterator[_Activations]:
-    """The activations before the first decoder layer, and the arguments with which the model calls its layers."""
-    table = model.get_submodule(phi.EMBEDDING).get_parameter("weight").detach()
-    if embedding is not None:
-        table = embedding.dequantize()
-    shape = (*ids.shape, table.shape[1])
-    if file is None:
-        hidden = torch.empty(shape)
-    else:
-        hidden = torch.from_file(str(file), shared=True, size=shape[0] * shape[1] * shape[2]).view(shape)
-    for start in range(0, len(ids), _BATCH):
-        batch = slice(start, start + _BATCH)
-        hidden[batch] = F.embedding(ids[batch].to(table.device), table).float().cpu()
-    caught: dict[str, Any] = {}
+def _fingerprint(layers: Layers, specs: Mapping[str, QuantSpec], solver: str, ids: Tensor) -> str:
+    grids = {name: str(spec) for name, spec in specs.items()}
+    facts = [solver, grids, layers.identity, version("phiquant"), torch.__version__]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    digest.update(ids.numpy().tobytes())
+    return digest.hexdigest()
 
-    def catch(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        caught.update(named)
-        raise _Stop
 
-    first = _layers(model)[0]
-    hooks = [
-        first.register_forward_pre_hook(catch, with_kwargs=True),
-        model.get_submodule(phi.EMBEDDING).register_forward_hook(lambda m, a, out: out.float()),
-    ]
-    try:
-        with suppress(_Stop):
-            model.get_submodule("model")(input_ids=ids[:1].to(table.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    caught.pop("hidden_states", None)
-    try:
-        yield _Activations(hidden, caught)
-    finally:
-        if file is not None:
-            file.unlink(missing_ok=True)
+def _distance(wanted: Tensor, got: Tensor) -> float:
+    """Relative squared error."""
+    return float((got - wanted).square().sum(dtype=torch.float64) / wanted.square().sum(dtype=torch.float64))

@@ -17,6 +17,7 @@ from .errors import PhiquantError
 from .formats.safetensors.header import INDEX, SINGLE, Place, read_header, read_index
 from .load import read_config
 from .models import phi
+from .rawfile import read_into
 from .spec import FloatName
 
 PICKLED = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.ckpt", "*.pkl")
@@ -52,16 +53,7 @@ class Checkpoint:
         start, stop, _ = (rows or slice(None)).indices(length)
         row_bytes = stored.nbytes // length if length else 0
         result = torch.empty((stop - start, *stored.shape[1:]), dtype=getattr(torch, self.dtype(name)))
-        buffer = result.reshape(-1).view(torch.uint8).numpy().data
-        with open(stored.file, "rb", buffering=0) as file:
-            file.seek(stored.offset + start * row_bytes)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise PhiquantError(f"{stored.file} became shorter while {name} was read; copy it again")
-                done += count
-        return result
+        return read_into(result, stored.file, stored.offset + start * row_bytes, name)
 
     def _checked(self, name: str, shape: tuple[int, ...], found: Mapping[str, Place]) -> Place:
         stored = found.get(name)

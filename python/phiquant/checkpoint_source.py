@@ -19,7 +19,7 @@ from .models import phi
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, SOLVERS, quantize_tensor
 from .spec import FloatName, QuantSpec, Target, target
-from .tensor import PARAMETERS, QuantizedTensor
+from .tensor import QuantizedTensor, join_rows
 
 
 class CheckpointSource:
@@ -31,11 +31,13 @@ class CheckpointSource:
     PhiquantError for a checkpoint, a recipe or a shape that does not fit.
     """
 
+    takes_data = False
+
     def __init__(self, folder: Path | str, what: Recipe | QuantSpec | Target | str, solver: str = "rtn") -> None:
         if solver not in SOLVERS:
             raise PhiquantError(f"unknown solver {solver!r}; known solvers: {', '.join(SOLVERS)}")
-        if solver in NEEDS_STATISTICS:
-            raise PhiquantError(f"{solver} needs data; load the model and use quantize(model, ..., calibration=...)")
+        if solver in NEEDS_STATISTICS and not self.takes_data:
+            raise PhiquantError(f"{solver} needs data; give calibration=, or use a CalibratedSource")
         self.checkpoint = Checkpoint(folder)
         self.config: dict[str, Any] = self.checkpoint.config
         self.tokenizer_dir: Path | None = self.checkpoint.folder
@@ -56,7 +58,7 @@ class CheckpointSource:
             return pieces[0]
         if entry.spec is None:
             return torch.cat(pieces)  # type: ignore[arg-type]
-        return _join(entry.spec, pieces)
+        return join_rows(pieces)  # type: ignore[arg-type]
 
     def _in_turn(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
         """These rows; the next as many are read and quantized while the caller packs and writes these."""
@@ -109,14 +111,6 @@ class CheckpointSource:
             "versions": [version("phiquant"), torch.__version__],
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _join(spec: QuantSpec, pieces: Sequence[Any]) -> QuantizedTensor:
-    joined: dict[str, Any] = {
-        part: None if getattr(pieces[0], part) is None else torch.cat([getattr(piece, part) for piece in pieces])
-        for part in ("codes", *PARAMETERS)
-    }
-    return QuantizedTensor(spec=spec, **joined)
 
 
 def _read(what: Recipe | QuantSpec | Target | str, config: dict[str, Any]) -> tuple[Recipe, FloatName | None]:

@@ -150,11 +150,16 @@ def _from_pretrained(name: str, dtype: torch.dtype, *, local: bool) -> tuple[Any
                 f"the weights in {name} do not fit its config.json: {kind.replace('_', ' ')} {keys}; "
                 "the checkpoint is incomplete or of another model"
             )
+    return model.eval(), load_tokenizer(name, local=local)
+
+
+def load_tokenizer(name: str | Path, *, local: bool = True) -> Any:
+    """The tokenizer of a checkpoint folder (`local`) or of a hub name. PhiquantError if there is none."""
+    transformers = need("transformers", extra="hf")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        return transformers.AutoTokenizer.from_pretrained(str(name), local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PhiquantError(
             f"{name} has no usable tokenizer ({str(error).splitlines()[0]}); put tokenizer.json and "
             "tokenizer_config.json beside config.json"
         ) from error
-    return model.eval(), tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 import uuid
@@ -19,7 +18,7 @@ from .models import phi
 from .modules import QATEmbedding, QATLinear, QuantizedEmbedding, QuantizedLinear
 from .spec import FloatName
 from .split_linear import projection_name
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, take_rows
 
 _NAMES: dict[torch.dtype, FloatName] = {
     torch.float32: "float32",
@@ -59,11 +58,7 @@ class ModelSource:
         if entry.spec is None:
             value = self._parameters[entry.name].detach()
             return value[rows].cpu() if entry.shape else value.cpu()
-        whole = self._codes[entry.module]
-        if rows.indices(entry.shape[0]) == (0, entry.shape[0], 1):
-            return whole
-        parts: dict[str, Any] = {name: part[rows] for name, part in whole.parameters.items() if name != "codebook"}
-        return dataclasses.replace(whole, codes=whole.codes[rows], **parts)
+        return take_rows(self._codes[entry.module], rows)
 
     def _names(self) -> Iterator[str]:
         """The tensors in the order of the model, a split projection's slices in place of it."""

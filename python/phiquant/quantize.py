@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .calibrate import Calibration, calibrate, nearest, token_windows
+from .calibrate import Calibration, calibrate, token_windows, told
+from .calibration_layers import ModelLayers
 from .errors import PhiquantError
 from .input_quantizers import input_quantizer, round_inputs
-from .models import phi
 from .modules import (
     QAT_CLASS,
     Origin,
@@ -80,13 +79,11 @@ def quantize(
         groups = _groups(model, specs)
         if calibration is not None or solver in NEEDS_STATISTICS:
             ids = token_windows(calibration, tokenizer)
-            chosen = [(names[0], modules[0], spec) for names, modules, spec in groups]
+            grids = {names[0]: spec for names, _, spec in groups}
             place = None if folder is None else Path(folder)
-            found = calibrate(model, chosen, solver, ids, folder=place, offload=offload, progress=progress)
-            statistics = {"solver": solver, "statistics": _about(ids)}
+            found = calibrate(ModelLayers(model), grids, solver, ids, folder=place, offload=offload, progress=progress)
             solved = [
-                (modules, found[names[0]], {"solver": nearest(spec)} if names[0] == phi.EMBEDDING else statistics)
-                for names, modules, spec in groups
+                (modules, found.read(names[0]), told(names[0], spec, solver, ids)) for names, modules, spec in groups
             ]
         else:
             chosen_by = {"solver": solver}
@@ -204,12 +201,6 @@ def convert(model: Model, progress: Progress | None = None, *, trained: Mapping[
     if progress:
         progress("done", len(groups), len(groups))
     return model
-
-
-def _about(ids: torch.Tensor) -> dict[str, Any]:
-    """What the receipt tells of calibration data: token ids [n, T]."""
-    digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
-    return {"kind": "inputs of each layer", "windows": len(ids), "tokens": ids.numel(), "digest": digest}
 
 
 def _attach(modules: list[nn.Module], quantized: QuantizedTensor, origin: Origin) -> None:

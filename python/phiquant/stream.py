@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .calibrate import Calibration, token_windows
+from .calibrated_source import CalibratedSource
 from .checkpoint_source import CheckpointSource
 from .errors import PhiquantError
 from .export import claim_folder, sign
 from .formats.registry import find
 from .formats.source import CHUNK_BYTES, Entry, Progress, row_slices
+from .load import load_tokenizer
 from .recipe import Recipe
+from .solvers import NEEDS_STATISTICS
 from .spec import FLOAT_BITS, Target
 from .spec import target as find_target
 
@@ -53,6 +58,8 @@ def quantize_checkpoint(
     *,
     solver: str = "rtn",
     recipe: Recipe | None = None,
+    calibration: Calibration | None = None,
+    offload: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -60,15 +67,33 @@ def quantize_checkpoint(
 
     target: names the format and the grid; with a recipe, the recipe says the grids. Memory is that of
     some rows, not of the model. The same call after a kill continues where it stopped, to the same bytes.
-    progress: called with (tensor, bytes written, bytes in all). options: of the format's writer.
+    calibration: a text, texts or windows of ids, for any solver: the checkpoint is then read and solved decoder layer
+    by decoder layer (docs/methods/calibration.md), and what is solved is kept in `out`/calibration until the file is
+    written. A solver that needs data and is given none takes testing.training_text(). offload: the activations too.
+    progress: called with (module, modules done, modules in all) while codes are chosen on data, then with (tensor,
+    bytes written, bytes in all). options: of the format's writer.
     """
     target = find_target(target) if isinstance(target, str) else target
-    source, out = _source(folder, target, solver, recipe), Path(out)
-    if out.exists() and source.checkpoint.folder.exists() and out.samefile(source.checkpoint.folder):
+    out, run = Path(out), Path(out) / "calibration"
+    if out.exists() and Path(folder).exists() and out.samefile(folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
-    claim_folder(out, target.format)
-    find(target.format).writer().write(source, out, progress=progress, **(target.options | options))
-    return sign(out, source.config)
+    what, writer = target if recipe is None else recipe, find(target.format).writer()
+    source: CheckpointSource
+    if calibration is None and solver not in NEEDS_STATISTICS:
+        source = CheckpointSource(folder, what, solver)
+        claim_folder(out, target.format)
+    else:
+        ids = token_windows(calibration, load_tokenizer(folder))
+        source = calibrated = CalibratedSource(folder, what, solver, ids, run, offload=offload)
+        claim_folder(out, target.format)
+        for entry in source.entries:
+            writer.check(entry)  # now, not after hours
+        calibrated.solve(progress)
+    writer.write(source, out, progress=progress, **(target.options | options))
+    receipt = sign(out, source.config)
+    if isinstance(source, CalibratedSource):
+        shutil.rmtree(run)
+    return receipt
 
 
 def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = None, solver: str = "rtn") -> Plan:
@@ -77,7 +102,7 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
     PhiquantError for whatever that call would refuse, but for values that are not finite.
     """
     target = find_target(target) if isinstance(target, str) else target
-    source = _source(folder, target, solver, recipe)
+    source = CheckpointSource(folder, target if recipe is None else recipe, solver)
     writer = find(target.format).writer()
     for entry in source.entries:
         writer.check(entry)
@@ -93,10 +118,6 @@ def plan(folder: str | Path, target: str | Target, *, recipe: Recipe | None = No
         peak_memory=_peak_memory(source),
         seconds=_seconds(source, writer),
     )
-
-
-def _source(folder: str | Path, target: Target, solver: str, recipe: Recipe | None) -> CheckpointSource:
-    return CheckpointSource(folder, target if recipe is None else recipe, solver)
 
 
 def _peak_memory(source: CheckpointSource) -> int:

@@ -5,8 +5,10 @@ This is the only thing a format writer sees. It can be decoded and digested, nev
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +109,34 @@ class QuantizedTensor:
         for part in self.parameters.values():
             parameters.update(_raw(part))
         return {"codes": hashlib.sha256(_raw(self.codes)).hexdigest(), "parameters": parameters.hexdigest()}
+
+
+def rows_of(length: int, count: int, rows: slice) -> slice:
+    """Where a part of `length` first indices, of a tensor of `count` rows, has what belongs to `rows`.
+
+    A part has one index for a row, or several (the codebooks of its groups), or one for all rows together.
+    """
+    start, stop, _ = rows.indices(count)
+    if not count or length % count:
+        return slice(0, length)
+    return slice(start * length // count, stop * length // count)
+
+
+def take_rows(q: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    """Some rows of a tensor whose rows do not share parameters, or all of them: views."""
+    count = len(q.codes)
+    parts: dict[str, Any] = {name: part[rows_of(len(part), count, rows)] for name, part in q.parameters.items()}
+    return dataclasses.replace(q, codes=q.codes[rows], **parts)
+
+
+def join_rows(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Pieces of rows, in order, as one tensor."""
+    if len(pieces) == 1:
+        return pieces[0]
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", *pieces[0].parameters)
+    }
+    return dataclasses.replace(pieces[0], **parts)
 
 
 def _raw(t: torch.Tensor) -> memoryview:

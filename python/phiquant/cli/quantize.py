@@ -62,8 +62,8 @@ def quantize(
 ) -> None:
     """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues.
 
-    With calibration or a transform the model is held in memory; calibrated, it is solved layer by layer, and the log
-    tells each layer's error.
+    With calibration it is read and solved decoder layer by decoder layer; the log tells each one's error. With a
+    transform the model is held in memory.
     """
     with session(json_, debug) as ui:
         chosen, rules = read_target(target), read_recipe(recipe)
@@ -78,12 +78,18 @@ def quantize(
             )
         with checkpoint_folder(checkpoint) as folder:
             ui.log_to(output_folder(out) / "phiquant.log")
-            if needy or transforms or text is not None:
+            if transforms:
                 receipt = _in_memory(ui, folder, chosen, out, solver, rules, text, options, transforms)
             else:
                 with ui.progress("quantizing") as step:
                     receipt = stream.quantize_checkpoint(
-                        folder, chosen, out, solver=solver, recipe=rules, progress=step, **options
+                        *(folder, chosen, out),
+                        solver=solver,
+                        recipe=rules,
+                        calibration=text,
+                        offload=True,
+                        progress=step,
+                        **options,
                     )
         ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
 

@@ -76,8 +76,8 @@ class Source(Protocol):
         ...
 
 
-def row_slices(entry: Entry) -> Iterator[slice]:
-    """Slices of the first axis, in order, of about CHUNK_BYTES in float32 each.
+def row_slices(entry: Entry, size: int | None = None) -> Iterator[slice]:
+    """Slices of the first axis, in order, of about `size` bytes (None: CHUNK_BYTES) in float32 each.
 
     Rows of a per-group or per-channel grid do not depend on each other, so a tensor may be read,
     quantized and written piece by piece with the same bytes. Other grids give one slice: all of it.
@@ -91,6 +91,6 @@ def row_slices(entry: Entry) -> Iterator[slice]:
         yield slice(0, rows)
         return
     row_bytes = max(1, entry.numel // max(1, rows)) * FLOAT_BITS["float32"] // 8
-    step = max(1, CHUNK_BYTES // row_bytes)
+    step = max(1, (size or CHUNK_BYTES) // row_bytes)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
