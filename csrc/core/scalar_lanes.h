@@ -43,6 +43,10 @@ struct Scalar : Lane<ScalarRounding> {
   static F floats(I v) { return std::bit_cast<float>(v); }
   static I add(I a, I b) { return a + b; }
   static F add(F a, F b) { return a + b; }
+  static I bit_and(I a, I b) { return a & b; }
+  static I bit_or(I a, I b) { return a | b; }
+  static I shift_left(I v, int n) { return static_cast<I>(static_cast<uint32_t>(v) << n); }
+  static I shift_right(I v, int n) { return static_cast<I>(static_cast<uint32_t>(v) >> n); }
   static F copy_sign(F v, F s) { return std::copysign(v, s); }
   static I count(I n, Mask m) { return n + m; }
   template <int kBits>

@@ -226,9 +226,15 @@ def encode_dynamic(x: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return QuantizedTensor(codes.contiguous(), scale, zero_point, minimum, spec)
 
 
-def encode_two_level(x: Tensor, spec: QuantSpec, mse: bool = False, weights: Tensor | None = None) -> QuantizedTensor:
-    """Codes of x on the grid of scales stored in two levels, from min-max ranges or (mse) the best ones."""
-    chosen = two_level.choose(x, spec, range_arguments(spec), mse=mse, weights=weights)
+def encode_two_level(
+    x: Tensor,
+    spec: QuantSpec,
+    mse: bool = False,
+    weights: Tensor | None = None,
+    found: two_level.Found | None = None,
+) -> QuantizedTensor:
+    """Codes of x on the grid of scales stored in two levels, from min-max ranges, (mse) the best ones, or `found`."""
+    chosen = two_level.choose(x, spec, range_arguments(spec), mse=mse, weights=weights, found=found)
     scale, minimum = chosen.block_values()
     codes = ops.quantize(x.detach(), scale, None, minimum, **_grid(spec, x, None))
     return QuantizedTensor(

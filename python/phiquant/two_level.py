@@ -15,6 +15,8 @@ from torch import Tensor
 from . import ops
 from .spec import QuantSpec, Shape
 
+Found = tuple[Tensor, Tensor | None, Tensor | None]  # scale, zero point, minimum of every block, as `ops` find them
+
 
 class Parameters(NamedTuple):
     """The stored parameters of a two-level spec, named as in `QuantizedTensor`."""
@@ -40,8 +42,15 @@ def values(codes: Tensor, super_scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False, weights: Tensor | None = None) -> Parameters:
-    """The parameters of x on its min-max ranges (`mse`: on the ranges of least squared error).
+def choose(
+    x: Tensor,
+    spec: QuantSpec,
+    grid: dict,
+    mse: bool = False,
+    weights: Tensor | None = None,
+    found: Found | None = None,
+) -> Parameters:
+    """The parameters of x on its min-max ranges (`mse`: on the ranges of least squared error; or on those `found`).
 
     weights: float32 [K], with mse: how much an error in each column of x [N, K] counts; then the parameters as stored
     are moved to where the weighed error is least.
@@ -53,11 +62,11 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False, weights: T
     shape = tuple(x.shape)
     blocks, supers = spec.scale_shape(shape), spec.super_shape(shape)
     if spec.offset == "none":
-        scale, _, _ = _ranges(x, blocks, grid, mse, weights)
+        scale, _, _ = found or _ranges(x, blocks, grid, mse, weights)
         return _refined(Parameters(*_quantize(scale, supers, spec)), x, spec, grid, weights)
     steps = spec.element.qmax
-    if mse:
-        scale, _, low = _ranges(x, blocks, grid, mse, weights)
+    if mse or found:
+        scale, _, low = found or _ranges(x, blocks, grid, mse, weights)
         assert low is not None
         high = low + steps * scale
     else:
@@ -68,9 +77,7 @@ def choose(x: Tensor, spec: QuantSpec, grid: dict, mse: bool = False, weights: T
     return _refined(Parameters(scales, super_scales, minimums, super_minimums), x, spec, grid, weights)
 
 
-def _ranges(
-    x: Tensor, blocks: Shape, grid: dict, mse: bool, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _ranges(x: Tensor, blocks: Shape, grid: dict, mse: bool, weights: Tensor | None) -> Found:
     return ops.search_range(x, blocks, **grid, weights=weights) if mse else ops.choose_range(x, blocks, **grid)
 
 

@@ -29,6 +29,7 @@ from .histogram import (  # noqa: E402
     kl_threshold,
     percentile,
 )
+from .hqq import hqq  # noqa: E402
 from .huffman import huffman_decode, huffman_encode, huffman_lengths  # noqa: E402
 from .integer import (  # noqa: E402
     PackedWeight,
@@ -72,6 +73,7 @@ __all__ = [
     "gptq_run",
     "histogram",
     "histogram_mse",
+    "hqq",
     "huffman_decode",
     "huffman_encode",
     "huffman_lengths",

@@ -15,6 +15,7 @@ from ..statistics import Statistics
 from ..tensor import QuantizedTensor
 from .adaround import adaround
 from .gptq import gptq
+from .hqq import hqq
 from .kmeans import kmeans
 from .nearest import mse, mse_exact, rtn
 from .ranges import histogram, kl, percentile
@@ -47,6 +48,7 @@ SOLVERS: dict[str, Solver] = {
     "percentile": _data_free(percentile),
     "kl": _data_free(kl),
     "histogram": _data_free(histogram),
+    "hqq": hqq,
     "kmeans": _kmeans,
     "adaround": adaround,
     "gptq": gptq,
@@ -66,8 +68,9 @@ def quantize_tensor(
     """Choose the codes of `w` (float32, bfloat16 or float16, any shape that the spec divides).
 
     solver: "rtn" (min-max range, nearest code), "mse" (the best of some ranges in squared error), "mse_exact" (of
-    all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "kmeans" (the
-    levels of a Codebook); with `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse" (docs/methods.md).
+    all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "hqq" (a norm
+    that forgives outliers: docs/methods/hqq.md), "kmeans" (the levels of a Codebook); with
+    `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse" (docs/methods.md).
     Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
     (with its index), an unknown solver, one that lacks its statistics, or a group size that does not divide.
     """
