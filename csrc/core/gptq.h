@@ -33,8 +33,8 @@ struct GptqRun {
   int8_t* codes;          // [K, N], of which the rows `column` are written
 };
 
-// `run` works on rows begin <= n < end. Codes are those of core/affine.h, of any format; a table of levels is
-// the same for all.
+// `run` works on rows begin <= n < end. Codes are those of core/affine.h, of any format. A table of levels is the same
+// for all, or where grid.per_block, one for each scale: levels [G, N, size].
 struct GptqKernels {
   void (*run)(const GptqRun& run, const Grid& grid, int64_t begin, int64_t end);
 };

@@ -22,8 +22,10 @@ void tile(const GptqRun& g, const Grid& grid, int64_t first, int64_t n) {
     }
     const int64_t parameters = g.column[k] / g.group * g.rows + first;
     const BlockParams params = {g.scale + parameters, g.offset ? g.offset + parameters : nullptr};
-    affine_ref.quantize(t, values, params, grid, g.codes + g.column[k] * g.rows + first);
-    affine_ref.fake_quantize(t, values, params, grid, t);
+    Grid own = grid;
+    if (grid.per_block) own.levels += parameters * grid.size;
+    affine_ref.quantize(t, values, params, own, g.codes + g.column[k] * g.rows + first);
+    affine_ref.fake_quantize(t, values, params, own, t);
     for (int64_t i = 0; i < n; ++i) errors[k][i] = g.weight[at + i] -= t[i];
   }
 }

@@ -1,13 +1,71 @@
 // The step of gptq_ref.cpp over vectors: a tile of four vectors of rows, whose sums stay in registers while
 // the errors of the other columns are read from the L1 cache. Included once by each vector level.
 
+#include <concepts>
 #include <cstring>
+#include <vector>
 
 #include "core/codec.inl"
 #include "core/gptq.h"
 
 namespace phiquant {
 namespace {
+
+// A table of levels in each lane, for the groups of columns of a run. They lie across lanes: level q of the rows,
+// then from `size` on the bounds from which q is nearer than q - 1.
+template <class V>
+struct LaneTables {
+  using F = typename V::F;
+  using Table = TableCodec<V, 4>;
+  struct Shared {
+    const GptqRun& run;
+    const Grid& grid;
+    int64_t begin, rows;
+    std::vector<std::vector<float>> groups;
+
+    Shared(const GptqRun& run, const Grid& grid, int64_t begin, int64_t end)
+        : run(run), grid(grid), begin(begin), rows(end - begin) {
+      for (int64_t k = 0; k < run.columns; ++k) {
+        const auto group = static_cast<size_t>(run.column[k] / run.group);
+        if (groups.size() <= group) groups.resize(group + 1);
+        if (groups[group].empty()) groups[group] = across_lanes(grid.levels + group * run.rows * grid.size);
+      }
+    }
+    std::vector<float> across_lanes(const float* levels) const {
+      const int64_t size = grid.size;
+      std::vector<float> table(static_cast<size_t>(2 * size * rows + V::width));  // whole vectors can be loaded
+      for (int64_t n = 0; n < rows; ++n) {
+        const float* own = levels + (begin + n) * size;
+        for (int64_t q = 0; q < size; ++q) {
+          table[q * rows + n] = own[q];
+          if (q > 0) table[(size + q) * rows + n] = Table::Shared::bound(own[q - 1], own[q]);
+        }
+      }
+      return table;
+    }
+  };
+  const Shared& shared;
+  BlockGrid<V> block;
+  const float* levels;  // of the first lane's row
+
+  // The value of x's code, or with the numbers 0, 1, ... as levels the code.
+  template <class Level>
+  [[gnu::always_inline]] F walk(F x, Level level) const {
+    const F t = V::mul(x, block.inverse);
+    F found = level(0);
+    for (int64_t q = 1; q < shared.grid.size; ++q) {
+      const F bound = V::load(levels + (shared.grid.size + q) * shared.rows);
+      found = V::select(V::less_equal(bound, t), level(q), found);
+    }
+    return found;
+  }
+  [[gnu::always_inline]] F nearest(F x) const {
+    return V::mul(block.scale, walk(x, [&](int64_t q) { return V::load(levels + q * shared.rows); }));
+  }
+  [[gnu::always_inline]] void store(int8_t* p, F x) const {
+    V::store_codes(p, walk(x, [](int64_t q) { return V::set1(static_cast<float>(q)); }));
+  }
+};
 
 template <class V>
 struct Gptq {
@@ -36,6 +94,17 @@ struct Gptq {
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
   }
 
+  // How the rows from `first` on are coded in the column at `place`.
+  template <class Codec>
+  static Codec codec_at(const GptqRun& g, const typename Codec::Shared& shared, BlockGrid<V> block, int64_t place,
+                        int64_t first) {
+    if constexpr (std::same_as<Codec, LaneTables<V>>) {
+      return {shared, block, shared.groups[static_cast<size_t>(place / g.group)].data() + first - shared.begin};
+    } else {
+      return {shared, block};
+    }
+  }
+
   // Rows first to first + n, n <= kVectors * W.
   template <class Codec>
   static void tile(const GptqRun& g, const typename Codec::Shared& shared, int64_t first, int64_t n) {
@@ -54,7 +123,8 @@ struct Gptq {
         const int64_t i = v * W;
         const F offset = g.offset ? load(g.offset + parameters + i, n - i) : V::set1(0.0f);
         const F scale = load(g.scale + parameters + i, n - i);
-        const Codec codec{shared, {scale, Range<V>::inverse(scale), offset}};
+        const BlockGrid<V> block = {scale, Range<V>::inverse(scale), offset};
+        const Codec codec = codec_at<Codec>(g, shared, block, g.column[k], first + (i < n ? i : 0));
         const F error = V::sub(load(g.weight + at + i, n - i), codec.nearest(t[v]));
         V::store(errors[k] + i, error);
         store(g.weight + at + i, error, n - i);
@@ -63,13 +133,15 @@ struct Gptq {
     }
   }
 
+  template <class Codec>
+  static void tiles(const GptqRun& g, const typename Codec::Shared& shared, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kVectors * W) {
+      tile<Codec>(g, shared, first, end - first < kVectors * W ? end - first : kVectors * W);
+    }
+  }
   static void run(const GptqRun& g, const Grid& grid, int64_t begin, int64_t end) {
-    with_codec<V>(grid, [&]<class Codec>() {
-      const typename Codec::Shared shared(grid, 0);
-      for (int64_t first = begin; first < end; first += kVectors * W) {
-        tile<Codec>(g, shared, first, end - first < kVectors * W ? end - first : kVectors * W);
-      }
-    });
+    if (grid.per_block) return tiles<LaneTables<V>>(g, {g, grid, begin, end}, begin, end);
+    with_codec<V>(grid, [&]<class Codec>() { tiles<Codec>(g, {grid, 0}, begin, end); });
   }
 
   static constexpr GptqKernels table = {.run = run};

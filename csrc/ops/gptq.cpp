@@ -40,7 +40,7 @@ void gptq_run(const Tensor& target, Tensor weight, const Tensor& feedback, const
   for (int64_t k = 0; k < columns; ++k) {
     check(0 <= places[k] && places[k] < codes.size(0), "column must be an index of the rows of codes");
   }
-  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, 1);
+  const Grid grid = grid_of(qmin, qmax, minimum, format, levels, groups * rows);
   const GptqRun run = {columns,
                        rows,
                        codes.size(0) / groups,

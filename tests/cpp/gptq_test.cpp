@@ -22,7 +22,7 @@ struct Case {
   int64_t rows;
   int64_t groups;
   Grid grid;
-  std::vector<float> target, weight, feedback, scale, offset;
+  std::vector<float> target, weight, feedback, scale, offset, levels;
   std::vector<int64_t> column;
   std::vector<int8_t> codes;
 
@@ -39,6 +39,13 @@ struct Case {
     }
     if (grid.format != Format::integer) std::fill(offset.begin(), offset.end(), 0.0f);
     target[static_cast<size_t>(n / 2)] = std::nanf("");
+    if (grid.per_block) {  // tables of their own for each scale, some levels the same
+      levels = gaussian(g * n * grid.size, seed + 5);
+      for (size_t at = 0; at < levels.size(); at += static_cast<size_t>(grid.size)) {
+        std::sort(&levels[at], &levels[at] + grid.size);
+        levels[at + 1] = levels[at];
+      }
+    }
     column.resize(static_cast<size_t>(c));
     std::iota(column.rbegin(), column.rend(), 0);  // reversed, and the first two exchanged
     if (c > 1) std::swap(column[0], column[1]);
@@ -47,6 +54,12 @@ struct Case {
   GptqRun run() {
     return {columns,         rows,          columns / groups, target.data(), weight.data(),
             feedback.data(), column.data(), scale.data(),     offset.data(), codes.data()};
+  }
+
+  Grid tables() const {
+    Grid own = grid;
+    if (grid.per_block) own.levels = levels.data();
+    return own;
   }
 
   // The formula, a row at a time.
@@ -63,8 +76,10 @@ struct Case {
         const Layout one = {Dtype::f32, 1, 1};
         int8_t& code = codes[static_cast<size_t>(place * rows + n)];
         float value;
-        affine_ref.quantize(&t, one, params, grid, &code);
-        affine_ref.dequantize(&code, one, params, grid, &value);
+        Grid own = grid;
+        if (grid.per_block) own.levels = &levels[parameters * static_cast<size_t>(grid.size)];
+        affine_ref.quantize(&t, one, params, own, &code);
+        affine_ref.dequantize(&code, one, params, own, &value);
         weight[static_cast<size_t>(k * rows + n)] -= value;
       }
     }
@@ -79,7 +94,9 @@ std::vector<Grid> grids() {
           {0.0f, 15.0f, Offset::zero_point},
           {0.0f, 15.0f, Offset::minimum},
           {-6.0f, 6.0f, Offset::zero_point, Format::e2m1},
-          table};
+          table,
+          {0.0f, 15.0f, Offset::zero_point, Format::table, kLevels, 16, true},
+          {0.0f, 199.0f, Offset::zero_point, Format::table, kLevels, 200, true}};
 }
 
 class GptqLevels : public ::testing::TestWithParam<std::tuple<Level, int64_t, int64_t, Grid>> {};
@@ -92,8 +109,8 @@ TEST_P(GptqLevels, EqualsTheFormula) {
   expected.expect();
   const LevelGuard guard(level);
   const int64_t middle = rows / 3;  // two parts, as two threads take them
-  gptq_kernels().run(found.run(), grid, 0, middle);
-  gptq_kernels().run(found.run(), grid, middle, rows);
+  gptq_kernels().run(found.run(), found.tables(), 0, middle);
+  gptq_kernels().run(found.run(), found.tables(), middle, rows);
   EXPECT_EQ(found.codes, expected.codes);
   EXPECT_EQ(std::memcmp(found.weight.data(), expected.weight.data(), found.weight.size() * sizeof(float)), 0);
 }

@@ -34,8 +34,8 @@ def gptq_run(
     columns after them. weight: [C, N], the columns; overwritten by what they differ from their codes' values.
     feedback: [C, C], used above the diagonal. column: int64 [C], their places in the weight. scale, offset: [G, N],
     K / G columns share a row; offset holds zero points, or minimums if `minimum`, or is None. codes: [K, N], int8
-    if qmin < 0, else uint8; the rows `column` are written. format, levels: as of ops.quantize, but a table is the
-    same for all. CPU only.
+    if qmin < 0, else uint8; the rows `column` are written. format, levels: as of ops.quantize; a table is the same for
+    all, or one for each scale: [G * N, size]. CPU only.
     """
     named = codec(format, levels, target)
     _ops.gptq_run.default(target, weight, feedback, column, scale, offset, minimum, qmin, qmax, codes, **named)

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,8 +40,9 @@ def gptq(
 ) -> QuantizedTensor:
     """Codes of w [N, K] on the grid that `rtn` (or `mse`) finds for it, rounded so that errors cancel in the output.
 
-    grid: where scales and offsets come from: the extremes, or the least squared error. They are found from the
-        weight as it is, so a file needs no order of columns. A codebook (one, for the whole tensor) comes from kmeans.
+    grid: where scales and offsets come from: the extremes, or the least squared error, each column weighed by the mean
+        square of its input. They are found from the weight as it is, so a file needs no order of columns. Codebooks,
+        of any granularity, come from kmeans with the same weights.
     act_order: take the columns with the largest inputs first.
     damping: this share of the mean of H's diagonal is added to the diagonal; ten times as much, until H can be
         factored. Columns whose input was always zero are rounded to the nearest code.
@@ -72,11 +73,10 @@ def gptq(
 
 def _nearest(w: Tensor, spec: QuantSpec, statistics: Statistics, grid: str) -> QuantizedTensor:
     """The grid, and the nearest codes on it."""
-    if not isinstance(spec.element, Codebook):
-        return (mse if grid == "mse" else rtn)(w, spec)
-    if spec.block_size(tuple(w.shape)) < w.numel():
-        raise PhiquantError(f"gptq takes one codebook for the whole tensor, not {spec}; use kmeans for others")
-    return kmeans(w, spec, weights=statistics.hessian.diagonal().float().cpu())
+    importance = (statistics.hessian.diagonal() / statistics.tokens).float().cpu()
+    if isinstance(spec.element, Codebook):
+        return kmeans(w, spec, weights=importance)
+    return mse(w, spec, weights=importance) if grid == "mse" else rtn(w, spec)
 
 
 def _feedback(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
@@ -102,11 +102,7 @@ def _feedback(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
 def _solve(w: Tensor, nearest: QuantizedTensor, feedback: Tensor, order: Tensor) -> QuantizedTensor:
     rows, columns = w.shape
     weight = w.float().T.contiguous().index_select(0, order)  # [K, N]: a row of w along a lane of the kernel
-    element = nearest.spec.element
-    scales, zero_points, minimums = nearest.grid()
-    scale = _per_column(scales, rows)
-    extra = zero_points if minimums is None else minimums
-    offset = None if extra is None else _per_column(extra, rows)
+    scale, offset, arguments = kernel_grid(nearest, rows)
     codes = torch.empty(columns, rows, dtype=nearest.codes.dtype)
     for first, stop in _from_the_last(0, columns, _WIDE):  # feedback of all columns after: in a few wide products
         wide = torch.addmm(weight[first:stop], feedback[first:stop, stop:], weight[stop:])
@@ -119,10 +115,7 @@ def _solve(w: Tensor, nearest: QuantizedTensor, feedback: Tensor, order: Tensor)
                 scale,
                 offset,
                 codes,
-                minimum=minimums is not None,
-                qmin=element.qmin,
-                qmax=element.qmax,
-                **element_arguments(element, nearest.codebook),
+                **arguments,
             )
     return dataclasses.replace(nearest, codes=codes.T.contiguous())
 
@@ -132,6 +125,26 @@ def _from_the_last(first: int, stop: int, step: int) -> Iterator[tuple[int, int]
     while stop > first:
         yield max(first, stop - step), stop
         stop -= step
+
+
+def kernel_grid(quantized: QuantizedTensor, rows: int) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """The grid of a matrix of `rows` rows as `ops.gptq_run` takes it: scale, offset, and keyword arguments."""
+    element, codebook = quantized.spec.element, quantized.codebook
+    scales, zero_points, minimums = quantized.grid()
+    extra = zero_points if minimums is None else minimums
+    if codebook is not None and len(codebook) > 1:  # a table for each scale, in their order
+        tables = codebook.float().reshape(*scales.shape, -1).repeat_interleave(rows // len(scales), 0)
+        codebook = tables.transpose(0, 1).reshape(-1, element.qmax + 1)
+    return (
+        _per_column(scales, rows),
+        None if extra is None else _per_column(extra, rows),
+        {
+            "minimum": minimums is not None,
+            "qmin": element.qmin,
+            "qmax": element.qmax,
+            **element_arguments(element, codebook),
+        },
+    )
 
 
 def _per_column(parameter: Tensor, rows: int) -> Tensor:

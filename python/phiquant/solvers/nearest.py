@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..fake_quant import encode, encode_dynamic, encode_two_level
 from ..observers import range_arguments
-from ..spec import Binary, FixedPoint, QuantSpec, Ternary
+from ..spec import Binary, FixedPoint, PerChannel, QuantSpec, Ternary
 from ..tensor import QuantizedTensor
 
 
@@ -44,6 +44,8 @@ def _searched(w: Tensor, spec: QuantSpec, exact: bool, weights: Tensor | None = 
         return encode_two_level(w, spec, mse=True, weights=weights)
     if isinstance(spec.element, Binary | FixedPoint):
         return encode_dynamic(w, spec)  # mean|w| is the scale of least squared error; a fixed step leaves no choice
+    if isinstance(spec.granularity, PerChannel) and spec.granularity.axis % w.dim() == w.dim() - 1:
+        weights = None  # the values of a block are of one column: all count the same
     arguments = range_arguments(spec)
     if isinstance(spec.element, Ternary):  # the integers -1..1, whatever the rule of the scale would be
         arguments["rule"], exact = "absmax", weights is None
