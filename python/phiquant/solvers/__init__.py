@@ -19,6 +19,7 @@ from .hqq import hqq
 from .kmeans import kmeans
 from .nearest import mse, mse_exact, rtn
 from .ranges import histogram, kl, percentile
+from .refine import gptq_refine
 
 Solver = Callable[[Tensor, QuantSpec, Statistics | None], QuantizedTensor]
 
@@ -53,8 +54,9 @@ SOLVERS: dict[str, Solver] = {
     "adaround": adaround,
     "gptq": gptq,
     "gptq_mse": partial(gptq, grid="mse"),
+    "gptq_refine": gptq_refine,
 }
-NEEDS_STATISTICS = frozenset({"adaround", "gptq", "gptq_mse"})
+NEEDS_STATISTICS = frozenset({"adaround", "gptq", "gptq_mse", "gptq_refine"})
 
 
 def quantize_tensor(
@@ -70,7 +72,7 @@ def quantize_tensor(
     solver: "rtn" (min-max range, nearest code), "mse" (the best of some ranges in squared error), "mse_exact" (of
     all: docs/mse-search.md), "percentile" (99.9), "kl", "histogram" (docs/ranges.md compares them), "hqq" (a norm
     that forgives outliers: docs/methods/hqq.md), "kmeans" (the levels of a Codebook); with
-    `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse" (docs/methods.md).
+    `statistics` of the layer's inputs "adaround", "gptq", "gptq_mse", "gptq_refine" (docs/methods.md).
     Errors use `name`, and `first_row` if w is rows of a larger tensor: PhiquantError for a value that is not finite
     (with its index), an unknown solver, one that lacks its statistics, or a group size that does not divide.
     """

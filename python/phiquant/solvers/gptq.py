@@ -57,18 +57,23 @@ def gptq(
         raise PhiquantError(f"the weight has {w.shape[1]} inputs, its statistics are of {statistics.features}")
     nearest = _nearest(w.cpu(), spec, statistics, grid)
     if not w.numel():
-        return _on(nearest, w.device)
-    if statistics.tokens < _TOKENS * w.shape[1]:
+        return on(nearest, w.device)
+    if starved(statistics):
         warnings.warn(
             f"a layer of {w.shape[1]} inputs saw {statistics.tokens} tokens, too few for gptq: its codes are the "
             "nearest ones; calibrate on more text",
             stacklevel=2,
         )
-        return _on(nearest, w.device)
+        return on(nearest, w.device)
     hessian = statistics.hessian.cpu()
     # Columns are taken from the last to the first.
     order = hessian.diagonal().argsort(stable=True) if act_order else torch.arange(len(hessian) - 1, -1, -1)
-    return _on(_solve(w.cpu(), nearest, _feedback(hessian, order, damping), order), w.device)
+    return on(_solve(w.cpu(), nearest, _feedback(hessian, order, damping), order), w.device)
+
+
+def starved(statistics: Statistics) -> bool:
+    """Whether a layer saw so few tokens that GPTQ would fit the sample."""
+    return statistics.tokens < _TOKENS * statistics.features
 
 
 def _nearest(w: Tensor, spec: QuantSpec, statistics: Statistics, grid: str) -> QuantizedTensor:
@@ -104,9 +109,9 @@ def _solve(w: Tensor, nearest: QuantizedTensor, feedback: Tensor, order: Tensor)
     weight = w.float().T.contiguous().index_select(0, order)  # [K, N]: a row of w along a lane of the kernel
     scale, offset, arguments = kernel_grid(nearest, rows)
     codes = torch.empty(columns, rows, dtype=nearest.codes.dtype)
-    for first, stop in _from_the_last(0, columns, _WIDE):  # feedback of all columns after: in a few wide products
+    for first, stop in from_the_last(0, columns, _WIDE):  # feedback of all columns after: in a few wide products
         wide = torch.addmm(weight[first:stop], feedback[first:stop, stop:], weight[stop:])
-        for a, b in _from_the_last(first, stop, ops.GPTQ_COLUMNS):
+        for a, b in from_the_last(first, stop, ops.GPTQ_COLUMNS):
             ops.gptq_run(
                 wide[a - first : b - first].addmm_(feedback[a:b, b:stop], weight[b:stop]),
                 weight[a:b],
@@ -120,7 +125,7 @@ def _solve(w: Tensor, nearest: QuantizedTensor, feedback: Tensor, order: Tensor)
     return dataclasses.replace(nearest, codes=codes.T.contiguous())
 
 
-def _from_the_last(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+def from_the_last(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     """(start, end) of runs of `step`, the last run first; the one at `first` may be shorter."""
     while stop > first:
         yield max(first, stop - step), stop
@@ -152,7 +157,7 @@ def _per_column(parameter: Tensor, rows: int) -> Tensor:
     return parameter.float().repeat_interleave(rows // len(parameter), 0).T.contiguous()
 
 
-def _on(quantized: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+def on(quantized: QuantizedTensor, device: torch.device) -> QuantizedTensor:
     """The same codes and parameters on `device`."""
     moved = copy.copy(quantized)
     for field in dataclasses.fields(quantized):
