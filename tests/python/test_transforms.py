@@ -59,7 +59,8 @@ def test_factors_are_positive_and_finite(bad, tiny_model):
 def test_the_function_stays(name, transform):
     model = model_named(name)
     reference = copy.deepcopy(model)
-    pq.transform(model, transform, calibration=torch.arange(256).view(2, 128))
+    options = ":untie=true" if transform == "rotate" else ""  # or phi-4-mini, whose table is tied, would be refused
+    pq.transform(model, transform + options, calibration=torch.arange(256).view(2, 128))
     assert difference(model, reference) < 1e-5
     assert applied(model)[0]["name"] == transform
 

@@ -20,6 +20,7 @@ from .affine import (  # noqa: E402
 )
 from .bits import pack_bits, pack_trits, unpack_bits, unpack_trits  # noqa: E402
 from .gptq import GPTQ_COLUMNS, gptq_run  # noqa: E402
+from .hadamard import hadamard_base, hadamard_rotate_  # noqa: E402
 from .histogram import (  # noqa: E402
     coarsen,
     dyadic_histogram,
@@ -71,6 +72,8 @@ __all__ = [
     "fake_quantize_dynamic",
     "fake_quantize_two_level_out",
     "gptq_run",
+    "hadamard_base",
+    "hadamard_rotate_",
     "histogram",
     "histogram_mse",
     "hqq",

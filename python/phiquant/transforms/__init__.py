@@ -17,12 +17,14 @@ from ..errors import PhiquantError
 from ..models import phi
 from ..quant_spec import QuantSpec
 from .fold import fold
+from .rotate import rotate
+from .smooth import smooth
 
 # (model, windows of token ids [n, T] or None, the grid that each module will get, options) -> what receipts tell.
 Transform = Callable[..., dict[str, Any]]
 
-TRANSFORMS: dict[str, Transform] = {"fold": fold}
-NEEDS_DATA: frozenset[str] = frozenset()
+TRANSFORMS: dict[str, Transform] = {"fold": fold, "smooth": smooth, "rotate": rotate}
+NEEDS_DATA = frozenset({"smooth"})
 
 
 def transform(
