@@ -59,6 +59,7 @@ from .observers import (
 )
 from .packing import pack, unpack
 from .quantize import convert, prepare_qat, quantize
+from .quantized_cache import quantized_cache
 from .recipe import Recipe
 from .repack import repack
 from .same_codes import same_codes
@@ -158,6 +159,7 @@ __all__ = [
     "qat",
     "quantize",
     "quantize_tensor",
+    "quantized_cache",
     "read_compressed",
     "repack",
     "round_inputs",

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from .errors import PhiquantError
+from .quantized_cache import quantized_cache
+from .spec import QuantSpec
 
 Logits = torch.Tensor | np.ndarray
 _CHUNK = 1 << 24  # logits turned into log-probabilities at a time: 64 MiB in float32
@@ -73,18 +75,37 @@ def windows(tokenizer: Any, text: str, window: int = 512, limit: int | None = No
     return rows[:limit]
 
 
-def perplexity(model: Any, tokenizer: Any, text: str, window: int = 512, limit: int | None = None) -> Perplexity:
-    """Perplexity of a causal language model (transformers' interface) on `text`, by the protocol it returns."""
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    window: int = 512,
+    limit: int | None = None,
+    cache: str | QuantSpec | None = None,
+) -> Perplexity:
+    """Perplexity of a causal language model (transformers' interface) on `text`, by the protocol it returns.
+
+    cache: the grid of keys and values (see `model_logits`).
+    """
     rows = windows(tokenizer, text, window, limit)
-    return perplexity_from_logits(rows, model_logits(model, rows))
+    return perplexity_from_logits(rows, model_logits(model, rows, cache))
 
 
 def compare(
-    model: Any, reference: Any, tokenizer: Any, text: str, window: int = 512, limit: int | None = None
+    model: Any,
+    reference: Any,
+    tokenizer: Any,
+    text: str,
+    window: int = 512,
+    limit: int | None = None,
+    cache: str | QuantSpec | None = None,
 ) -> Comparison:
-    """How far `model` is from `reference` (usually the float model) on `text`."""
+    """How far `model` is from `reference` (usually the float model) on `text`.
+
+    cache: the grid of the model's keys and values (see `model_logits`); those of the reference stay as they are.
+    """
     rows = windows(tokenizer, text, window, limit)
-    return compare_logits(rows, model_logits(model, rows), model_logits(reference, rows))
+    return compare_logits(rows, model_logits(model, rows, cache), model_logits(reference, rows))
 
 
 def perplexity_from_logits(rows: list[list[int]], logits: Iterable[Logits]) -> Perplexity:
@@ -128,14 +149,18 @@ def compare_logits(rows: list[list[int]], logits: Iterable[Logits], reference: I
 
 
 @torch.no_grad()
-def model_logits(model: Any, rows: list[list[int]]) -> Iterator[torch.Tensor]:
-    """The logits [T, V] of each window of `rows`, one window in memory at a time. The model's mode is restored."""
+def model_logits(model: Any, rows: list[list[int]], cache: str | QuantSpec | None = None) -> Iterator[torch.Tensor]:
+    """The logits [T, V] of each window of `rows`, one window in memory at a time. The model's mode is restored.
+
+    cache: attention reads keys and values as a `quantized_cache` of that grid stores them, "int8-token-sym-f16".
+    """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     try:
         for ids in rows:
-            yield model(torch.tensor([ids], device=device), use_cache=False).logits[0]
+            stored: dict[str, Any] = {} if cache is None else {"past_key_values": quantized_cache(model, cache)}
+            yield model(torch.tensor([ids], device=device), use_cache=cache is not None, **stored).logits[0]
     finally:
         model.train(training)
 

@@ -9,7 +9,7 @@ import typer
 from .. import evaluate as measure
 from .. import testing
 from .arguments import LimitOption, TextOption, read_text
-from .runners import runner
+from .runners import in_torch, runner
 from .session import DebugFlag, JsonFlag, session, table
 
 ModelArg = Annotated[
@@ -22,6 +22,14 @@ ModelArg = Annotated[
 ]
 ReferenceOption = Annotated[
     str | None, typer.Option(help="Compare with this one, usually the float model: KL divergence, same top token.")
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GRID",
+        help="Run in torch, keys and values stored on this grid of 8 bits, such as int8-token-sym-f16.",
+        show_default="as they are",
+    ),
 ]
 _NAMES = {
     "perplexity": "perplexity",
@@ -46,13 +54,14 @@ def evaluate(
         bool,
         typer.Option("--fast", help="In the runtime's default setting; without: in that which computes as torch."),
     ] = False,
+    cache: CacheOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Measure perplexity on a text, in the runtime that the file is made for."""
     with session(json_, debug) as ui:
         words = read_text(text) or testing.heldout_text()
-        ours = runner(model, exact=not fast)
+        ours = runner(model, exact=not fast) if cache is None else in_torch(model, cache)
         rows = measure.windows(ours.tokenizer, words, window, limit)
         ui.note(f"{len(rows)} windows of {len(rows[0])} tokens in {ours.runtime}")
         result: Any

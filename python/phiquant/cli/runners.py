@@ -11,6 +11,7 @@ from ..errors import PhiquantError
 from ..evaluate import model_logits
 from ..formats.detect import Found, detect
 from ..load import load
+from ..quantized_cache import quantized_cache
 from ..runtimes.check import runtime_of
 
 Rows = list[list[int]]
@@ -50,10 +51,12 @@ def in_runtime(found: Found, exact: bool = True) -> Runner:
     return Runner(runtime.NAME, tokenizer, lambda rows: runtime.logits(found.path, rows, exact=exact))
 
 
-def in_torch(source: str) -> Runner:
-    """A checkpoint or an imported file in torch."""
+def in_torch(source: str, cache: str | None = None) -> Runner:
+    """A checkpoint or an imported file in torch. cache: the grid of its keys and values, if they have one."""
     model, tokenizer = load(source)
-    return Runner("torch", tokenizer, lambda rows: model_logits(model, rows))
+    if cache is not None:
+        quantized_cache(model, cache)  # refuses before the first window
+    return Runner("torch", tokenizer, lambda rows: model_logits(model, rows, cache))
 
 
 def _has_runtime(found: Found) -> bool:
