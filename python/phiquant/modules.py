@@ -21,7 +21,7 @@ from .observers import KeepsDtype
 from .spec import PerToken, QuantSpec
 from .tensor import PARAMETERS, QuantizedTensor
 
-Quantizer = FakeQuantize | KnownGrid | Learned
+Quantizer = FakeQuantize | KnownGrid | Learned  # or an AdaptedWeight (lora.py) around one
 Origin = dict[str, Any]  # how codes were chosen, fit for JSON: {"solver": "gptq", "statistics": {...}}
 
 

@@ -31,23 +31,12 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "qat-checkpoint.safetensors"
         self.student, self.optimizer, self.trained = student, optimizer, trained
-        self.fingerprint = self._fingerprint(student, settings, ids)
-
-    def _fingerprint(self, student: nn.Module, settings: dict[str, Any], ids: torch.Tensor) -> str:
-        """What the run depends on: settings, text, grids, and some values of every weight it starts from."""
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        digest.update(ids.numpy().tobytes())
-        for name, module in student.named_modules():
-            if isinstance(module, QATLinear | QATEmbedding):
-                digest.update(f"{name} {module.weight_quantizer.spec}".encode())
-        for name, value in self.trained.items():
-            some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
-            digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
-        return digest.hexdigest()
+        self.fingerprint = fingerprint(student, trained, settings, ids)
 
     def _ranges(self) -> dict[str, torch.Tensor]:
         """The observers' and quantizers' buffers; training replaces them, so they are looked up each time."""
-        return {name: buffer for name, buffer in self.student.named_buffers() if ".weight_quantizer." in name}
+        kinds = (".weight_quantizer.", ".input_quantizer.")
+        return {name: buffer for name, buffer in self.student.named_buffers() if any(kind in name for kind in kinds)}
 
     def save(self, report: dict[str, Any]) -> None:
         """Write the state beside the old file, then replace it."""
@@ -82,9 +71,26 @@ class Checkpoint:
 
     def _load(self, file: Any) -> None:
         names = set(file.keys())
-        ranges = {name: file.get_tensor(f"buffer.{name}") for name in self._ranges() if f"buffer.{name}" in names}
-        self.student.load_state_dict(ranges, strict=False)
+        ranges = [name for name in names if name.startswith("buffer.")]
+        self.student.load_state_dict({n.removeprefix("buffer."): file.get_tensor(n) for n in ranges}, strict=False)
         for name, parameter in self.trained.items():
             parameter.data.copy_(file.get_tensor(f"value.{name}"))
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
             self.optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+
+
+def fingerprint(
+    student: nn.Module, trained: dict[str, nn.Parameter], settings: dict[str, Any], ids: torch.Tensor
+) -> str:
+    """What the run depends on: settings, text, grids, and some values of every weight it starts from."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest.update(ids.numpy().tobytes())
+    for name, module in student.named_modules():
+        if isinstance(module, QATLinear | QATEmbedding):
+            quantizer = module.weight_quantizer
+            digest.update(f"{name} {type(quantizer).__name__} {quantizer.spec}".encode())
+    on_grid = {f"{n}.weight": m.weight for n, m in student.named_modules() if isinstance(m, QATLinear | QATEmbedding)}
+    for name, value in (on_grid | trained).items():
+        some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
+        digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()

@@ -142,6 +142,14 @@ def test_qat_exports_3_bit_codes_and_keeps_its_run(trained):
     assert "loss" in (trained / "phiquant.log").read_text()
 
 
+def test_qat_by_blocks_with_learned_scales_from_codes(checkpoint, text, tmp_path):
+    options = ("--range", "learned", "--start", "mse", "--blocks", 2, "--batch", 2, "--window", 16, "--steps", 2)
+    report = run_json("qat", checkpoint, "--target", "gguf:Q4_0", "--text", text, *options, "--out", tmp_path / "out")
+    assert report["training"]["steps"] == 2
+    assert len(list((tmp_path / "out" / "run" / "blocks").iterdir())) == 2
+    assert run_json("verify", tmp_path / "out")["ok"] is True
+
+
 def test_export_of_a_run_has_the_same_codes_in_another_format(trained, tmp_path):
     def codes(folder: Path) -> dict[str, str]:
         receipt = json.loads((folder / "receipt.json").read_text())
@@ -196,6 +204,8 @@ def test_inspect_of_packed_safetensors_counts_scales(checkpoint, tmp_path):
         ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--out", "OUT"),
         ("qat", "CHECKPOINT", "--target", "gguf:F16", "--out", "OUT"),
         ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--bits", "5", "--out", "OUT"),
+        ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--text", "RECIPE", "--range", "magic", "--out", "OUT"),
+        ("qat", "CHECKPOINT", "--target", "gguf:Q4_0", "--text", "RECIPE", "--start", "magic", "--out", "OUT"),
         ("export", "CHECKPOINT", "--format", "pdf", "--out", "OUT"),
         ("verify", "no-such-folder"),
         ("quantize", "CHECKPOINT", "--target", "gguf:Q4_0", "--out", "FILE"),

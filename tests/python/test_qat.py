@@ -9,6 +9,7 @@ import pytest
 import torch
 from phiquant import qat
 from phiquant.errors import PhiquantError
+from phiquant.qat_settings import schedule
 
 SETTINGS = qat.Settings(steps=12, batch=4, window=32, learning_rate=1e-3, seed=3, bfloat16=False)
 TEXT_LENGTH = 20_000
@@ -151,7 +152,7 @@ def test_the_text_is_seen_once_an_epoch_and_in_another_order():
 
 
 def test_the_learning_rate_rises_and_falls():
-    rates = [qat._schedule(i / 100, warmup=0.05) for i in range(101)]
+    rates = [schedule(i / 100, warmup=0.05) for i in range(101)]
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 5
     assert 0 < rates[0] < 0.2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -13,12 +13,14 @@ from ..load import EMBEDDED, load
 from ..qat import Report, Settings
 from ..qat import train as run_training
 from ..spec import Target, with_bits
+from ..weight_quantizers import Range
 from .arguments import (
     CheckpointArg,
     OptionsOption,
     RecipeOption,
     TargetOption,
     argument,
+    check_solver,
     output_folder,
     read_options,
     read_recipe,
@@ -45,11 +47,38 @@ def qat(
     ] = None,
     recipe: RecipeOption = None,
     text: TrainText = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps at most.")] = Settings.steps,
+    steps: Annotated[int, typer.Option(min=0, help="Training steps at most.")] = Settings.steps,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Stop by time as well.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = Settings.batch,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = Settings.window,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, at its peak.")] = Settings.learning_rate,
+    range_: Annotated[
+        str, typer.Option("--range", help=f"Where a grid's range comes from: {', '.join(get_args(Range))}.")
+    ] = "mse",
+    start: Annotated[
+        str | None, typer.Option(help="A solver whose codes training starts from, calibrated on the text: gptq_mse.")
+    ] = None,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="Steps for each decoder layer alone first, which needs little memory.")
+    ] = 0,
+    end_to_end: Annotated[
+        str, typer.Option(help="What is trained after blocks: scales (the codes stay) or all; --steps 0: nothing.")
+    ] = Settings.end_to_end,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Train adapters of this rank (LoRA), merged into the grid; 0: the weights.")
+    ] = 0,
+    activations: Annotated[
+        str | None, typer.Option(help="A grid that linears round what they read to as well, such as int8-token-sym.")
+    ] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="What finds the range of activations per tensor: ema, minmax, percentile ...")
+    ] = None,
+    freeze: Annotated[
+        float, typer.Option(min=0, max=1, help="From this share of the steps on, observers keep their ranges.")
+    ] = Settings.freeze,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's for weights, at its peak.")] = Settings.learning_rate,
+    scale_learning_rate: Annotated[
+        float, typer.Option(help="That of learned scales and levels, as a share of their mean size.")
+    ] = Settings.scale_learning_rate,
     language_model: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of the plain language-model loss; 0 distils from the float model."),
@@ -70,6 +99,10 @@ def qat(
             raise typer.BadParameter("a recipe says the bits itself; leave one of the two out", param_hint="--bits")
         what = base or _with_bits(chosen, bits)
         options = chosen.options | read_options(option, chosen.format)
+        if range_ not in get_args(Range):
+            raise typer.BadParameter(f"{range_!r} is not one of {', '.join(get_args(Range))}", param_hint="--range")
+        if start is not None:
+            check_solver(start)
         with argument("--learning-rate"):
             settings = Settings(
                 steps=steps,
@@ -77,6 +110,11 @@ def qat(
                 batch=batch,
                 window=window,
                 learning_rate=learning_rate,
+                scale_learning_rate=scale_learning_rate,
+                freeze=freeze,
+                block_steps=blocks,
+                block_windows=max(batch, Settings.block_windows),
+                end_to_end=end_to_end,  # type: ignore[arg-type]
                 language_model=language_model,
                 seed=seed,
             )
@@ -85,7 +123,8 @@ def qat(
             raise typer.BadParameter(f"{checkpoint} needs a text to train on", param_hint="--text")
         ui.log_to(output_folder(out) / "phiquant.log")
         model, tokenizer = load(checkpoint)
-        report = train(ui, model, tokenizer, what, words, settings, out / "run")
+        how = {"range": range_, "start": start, "rank": rank, "activations": activations, "observer": observer}
+        report = train(ui, model, tokenizer, what, words, settings, out / "run", **how)
         runs.save(model, checkpoint, out / "run", training=report)
         with ui.progress("writing") as step:
             receipt = write(model, tokenizer, out, format=chosen.format, progress=step, **options)
@@ -93,15 +132,25 @@ def qat(
 
 
 def train(
-    ui: Ui, model: Any, tokenizer: Any, what: Any, text: str | None, settings: Settings, folder: Path | None
+    ui: Ui,
+    model: Any,
+    tokenizer: Any,
+    what: Any,
+    text: str | None,
+    settings: Settings,
+    folder: Path | None,
+    **how: Any,
 ) -> dict[str, Any]:
-    """qat.train with a bar; returns what a result says of the run."""
+    """qat.train with a bar; returns what a result says of the run. how: its options, such as range."""
     with ui.progress("training") as step:
 
         def progress(share: float, report: Report) -> None:
-            step(f"step {report.curve[-1][0]}, loss {report.curve[-1][1]:.4f}", int(100 * share), 100)
+            at = report.curve[-1] if report.curve else (0, float("nan"))  # layers of a run before: none trained
+            step(f"step {at[0]}, loss {at[1]:.4f}", int(100 * share), 100)
 
-        done = run_training(model, tokenizer, what, text=text, settings=settings, folder=folder, progress=progress)
+        done = run_training(
+            model, tokenizer, what, text=text, settings=settings, folder=folder, progress=progress, **how
+        )
     return done.to_dict()
 
 
