@@ -25,6 +25,7 @@ from .errors import PhiquantError
 from .evaluate import windows
 from .formats.receipt import version
 from .models import phi
+from .ranks import ALONE, Ranks
 from .solvers import quantize_tensor
 from .spec import Codebook, QuantSpec
 from .statistics import Statistics
@@ -73,6 +74,7 @@ def calibrate(
     folder: Path | None = None,
     offload: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Solved:
     """Codes for the modules that `specs` names, of a Phi-3 model that stays as it is.
 
@@ -82,6 +84,8 @@ def calibrate(
     folder: where each matrix is kept once it is solved, so that a killed run goes on to the same bytes (on the same
         machine, with as many threads); the codes are read from there. offload: keep the activations there as well,
         not in memory; a killed run then goes on from the inputs of the last decoder layer it reached.
+    ranks: processes that all make this call and share the forwards and the statistics; the codes are those of one
+        process. A folder must be one that all of them see; rank 0 writes there, and solves.
     """
     if offload and folder is None:
         raise PhiquantError("offload keeps activations in the folder of the run; give folder=")
@@ -92,7 +96,7 @@ def calibrate(
     solved = Solved(
         folder, _fingerprint(layers, specs, solver, ids), {n: (s, layers.shape(n)) for n, s in specs.items()}
     )
-    run = _Run(layers, solver, solved, progress)
+    run = _Run(layers, solver, solved, progress, ranks)
     if phi.EMBEDDING in specs:
         run.solve(phi.EMBEDDING, None)
     stages = [[name for names in one.values() for name in names] for one in parts]
@@ -102,7 +106,7 @@ def calibrate(
         return solved
     shape = (*ids.shape, layers.shape(phi.EMBEDDING)[1])
     label = f"activations-{solved.fingerprint[:12]}"
-    activations = Activations(shape, folder if offload else None, label, layers.device)
+    activations = Activations(shape, folder if offload else None, label, layers.device, ranks)
     if activations.at > unsolved[0]:
         activations.forget()
     if activations.at < 0:
@@ -143,8 +147,8 @@ def output_error(w: Tensor, quantized: QuantizedTensor, statistics: Statistics) 
 class _Run:
     """Solves the matrices of one decoder layer after the other, or takes what is solved."""
 
-    def __init__(self, layers: Layers, solver: str, solved: Solved, progress: Progress | None) -> None:
-        self.layers, self.solver, self.solved, self.progress = layers, solver, solved, progress
+    def __init__(self, layers: Layers, solver: str, solved: Solved, progress: Progress | None, ranks: Ranks) -> None:
+        self.layers, self.solver, self.solved, self.progress, self.ranks = layers, solver, solved, progress, ranks
         self.done = 0
 
     def embed(self, ids: Tensor, activations: Activations) -> None:
@@ -173,7 +177,8 @@ class _Run:
             for names in parts.values()
             for name in names
         }
-        shown = activations.read(slice(0, _SHOWN)) if any(map(self.solved.missing, weights)) else None
+        shows = self.ranks.first and any(map(self.solved.missing, weights))
+        shown = activations.read(slice(0, _SHOWN)) if shows else None
         if shown is not None:
             wanted = activations.call(work, shown)
             before = _distance(wanted, self._nearest(work, weights, activations, shown))
@@ -208,7 +213,11 @@ class _Run:
             self.progress(name, self.done, len(self.solved.specs))
         spec = self.solved.specs[name]
         solver = nearest(spec) if statistics is None else self.solver
-        for key, rows in self.solved.missing(name).items():
+        missing = self.solved.missing(name)
+        self.ranks.wait()  # all have looked, before the first writes
+        for key, rows in missing.items():
+            if not self.ranks.first and self.solved.folder is not None:
+                continue
             began = time.monotonic()
             weight = self.layers.weight(name, rows)
             piece = quantize_tensor(weight, spec, solver, f"{name}.weight", rows.start, statistics)
@@ -220,6 +229,11 @@ class _Run:
                     *(key, before, after, solver, spec, statistics.tokens, time.monotonic() - began),
                 )
             self.solved.write(key, piece)
+            if self.solved.folder is None and not self.ranks.agree(str(piece.digests())):
+                raise PhiquantError(
+                    f"{key}: the ranks chose different codes, so they are not alike; give folder=, and rank 0 chooses"
+                )
+        self.ranks.wait()
         self.done += 1
 
 

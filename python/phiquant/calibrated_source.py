@@ -13,6 +13,7 @@ from .calibrate import Progress, calibrate, told
 from .calibration_layers import CheckpointLayers
 from .checkpoint_source import CheckpointSource
 from .formats.source import Entry
+from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .spec import QuantSpec, Target
 from .split_linear import module_path
@@ -44,14 +45,15 @@ class CalibratedSource(CheckpointSource):
         self._specs = {module_path(e.module): e.spec for e in self.entries if e.spec is not None}
         self.entries = [self._told(entry) for entry in self.entries]
 
-    def solve(self, progress: Progress | None = None) -> None:
-        """Choose the codes, or find them chosen: before the first read()."""
+    def solve(self, progress: Progress | None = None, ranks: Ranks = ALONE) -> None:
+        """Choose the codes, or find them chosen: before the first read(), and on every rank."""
         layers = CheckpointLayers(self.checkpoint, [entry.module for entry in self.entries])
         self._solved = calibrate(
             *(layers, self._specs, self.solver, self._ids),
             folder=self._run,
             offload=self._offload,
             progress=progress,
+            ranks=ranks,
         )
         self.fingerprint = self._solved.fingerprint
 

@@ -6,7 +6,7 @@ n = windows, B = of these at a time, T = tokens in a window, D = hidden size.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration_layers import Stop
+from .ranks import ALONE, Ranks
 from .rawfile import read_into
 from .statistics import Statistics
 
@@ -27,13 +28,18 @@ class Activations:
     folder: keep them there, a file for each layer's, `label`-0003.bin, which is there whole or not at all: a killed
         run finds the last and goes on from it. None: keep them in memory.
     arguments: what layers are called with besides.
+    ranks: processes that share the forwards; each holds all activations, or finds them in the folder, which rank 0
+        writes.
     """
 
-    def __init__(self, shape: tuple[int, int, int], folder: Path | None, label: str, device: torch.device) -> None:
-        self.shape, self.folder, self.label, self.device = shape, folder, label, device
+    def __init__(
+        self, shape: tuple[int, int, int], folder: Path | None, label: str, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self.shape, self.folder, self.label, self.device, self.ranks = shape, folder, label, device, ranks
         self.arguments: dict[str, Any] = {}
         self.at = max((index for index, path in self._files() if path.stat().st_size == self.nbytes), default=-1)
         self._memory = torch.empty(shape if folder is None else 0)
+        self.ranks.wait()  # all have looked, before the first writes
 
     @property
     def nbytes(self) -> int:
@@ -51,21 +57,29 @@ class Activations:
 
     def replace(self, compute: Callable[[slice], Tensor]) -> None:
         """Let compute(batch) give what the next layer takes, a batch after the other."""
+        results = self.ranks.in_turn(self._batches(), compute, self.device)
         if self.folder is None:
-            for batch in self._batches():
-                self._memory[batch] = compute(batch).cpu()
-            self.at += 1
-            return
-        partial = self.folder / f"{self.label}.partial"
+            for batch, values in results:
+                self._memory[batch] = values.cpu()
+        elif self.ranks.first:
+            self._write(self.folder, (values for _, values in results))
+        else:
+            for _ in results:
+                pass
+        self.ranks.wait()
+        self.at += 1
+
+    def _write(self, folder: Path, results: Iterable[Tensor]) -> None:
+        """Keep them as the inputs of the next layer, in place of this one's."""
+        partial = folder / f"{self.label}.partial"
         with open(partial, "wb") as file:
-            for batch in self._batches():
-                file.write(compute(batch).cpu().contiguous().numpy().data)
+            for values in results:
+                file.write(values.cpu().contiguous().numpy().data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path(self.at + 1))
-        self.at += 1
         for index, path in self._files():
-            if index != self.at:
+            if index != self.at + 1:
                 path.unlink()
 
     def advance(self, layer: nn.Module) -> None:
@@ -78,30 +92,35 @@ class Activations:
 
     def statistics(self, layer: nn.Module, linear: nn.Module, features: int) -> Statistics:
         """Statistics of the input that `linear`, inside `layer` or the layer itself, gets from these windows."""
-        seen = Statistics(features, device=self.device)
+        seen = Statistics(features, device=self.device, ranks=self.ranks)
+        caught: list[Tensor] = []
 
-        def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.update(arguments[0])
+        def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            caught.append(arguments[0])
             raise Stop
 
-        hook = linear.register_forward_pre_hook(see)
+        def inputs(batch: slice) -> Tensor:
+            with suppress(Stop):
+                layer(self.read(batch), **self.arguments)
+            return caught.pop()
+
+        hook = linear.register_forward_pre_hook(catch)
         try:
-            for batch in self._batches():
-                with suppress(Stop):
-                    layer(self.read(batch), **self.arguments)
+            for _, x in self.ranks.in_turn(self._batches(), inputs, self.device):
+                seen.update(x)
         finally:
             hook.remove()
+        seen.complete()
         return seen
 
     def forget(self) -> None:
         """Start anew: no layer has its inputs."""
         self.at = -1
-        for _, path in self._files():
+        for _, path in self._files() if self.ranks.first else ():
             path.unlink()
 
-    def _batches(self) -> Iterator[slice]:
-        for start in range(0, self.shape[0], _BATCH):
-            yield slice(start, start + _BATCH)
+    def _batches(self) -> list[slice]:
+        return [slice(start, start + _BATCH) for start in range(0, self.shape[0], _BATCH)]
 
     def _path(self, index: int) -> Path:
         assert self.folder is not None

@@ -25,6 +25,7 @@ from .modules import (
     to_quantized,
 )
 from .observers import Kind
+from .ranks import ALONE, Ranks
 from .recipe import Recipe, as_recipe
 from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import QuantSpec, Target
@@ -52,6 +53,7 @@ def quantize(
     transforms: Sequence[str] = (),
     activations: str | QuantSpec | None = None,
     observer: Kind | None = None,
+    ranks: Ranks = ALONE,
 ) -> Model:
     """Choose codes for the model's Linear (and, if the recipe names them, Embedding) weights, in place.
 
@@ -67,6 +69,7 @@ def quantize(
     transforms: rewrites that come first and leave the float function alone (see `transform`): ["fold"].
     activations: the grid that linears with codes round what they read to ("int8-token-sym"), by themselves or, per
         tensor, on ranges that an observer ("minmax", "ema", "percentile", "mse", "kl") finds on the calibration data.
+    ranks: processes that all make this call and share the work of the calibration (docs/training-engines.md).
     Returns the model. On an error (a non-finite weight, a group size that does not divide) it is unchanged, but for
     its transforms.
     """
@@ -81,7 +84,13 @@ def quantize(
             ids = token_windows(calibration, tokenizer)
             grids = {names[0]: spec for names, _, spec in groups}
             place = None if folder is None else Path(folder)
-            found = calibrate(ModelLayers(model), grids, solver, ids, folder=place, offload=offload, progress=progress)
+            found = calibrate(
+                *(ModelLayers(model), grids, solver, ids),
+                folder=place,
+                offload=offload,
+                progress=progress,
+                ranks=ranks,
+            )
             solved = [
                 (modules, found.read(names[0]), told(names[0], spec, solver, ids)) for names, modules, spec in groups
             ]

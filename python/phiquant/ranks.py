@@ -6,7 +6,9 @@ owns that part of the sum. So results are those of one process, to the bit, what
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,6 +80,15 @@ class Ranks:
         if self.world > 1:
             dist.broadcast(tensor, group=self.group, group_src=owner)
 
+    def agree(self, text: str) -> bool:
+        """Whether every rank has this text; on all ranks the same answer."""
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).clone()
+        if self.world == 1:
+            return True
+        found = [torch.empty_like(digest) for _ in range(self.world)]
+        dist.all_gather(found, digest, group=self.group)
+        return all(torch.equal(found[0], other) for other in found)
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.world > 1:
@@ -85,3 +96,16 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@contextmanager
+def torchrun() -> Iterator[Ranks]:
+    """The processes that torchrun started, joined by gloo while the block runs; this one ALONE without torchrun."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield ALONE
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks.of_group()
+    finally:
+        dist.destroy_process_group()

@@ -15,9 +15,11 @@ from .calibrated_source import CalibratedSource
 from .checkpoint_source import CheckpointSource
 from .errors import PhiquantError
 from .export import claim_folder, sign
+from .formats import receipt as receipts
 from .formats.registry import find
 from .formats.source import CHUNK_BYTES, Entry, Progress, row_slices
 from .load import load_tokenizer
+from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .solvers import NEEDS_STATISTICS
 from .spec import FLOAT_BITS, Target
@@ -61,6 +63,7 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     offload: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
     **options: Any,
 ) -> dict[str, Any]:
     """Quantize the checkpoint `folder` into the folder `out`, tensor by tensor; return the receipt.
@@ -72,6 +75,7 @@ def quantize_checkpoint(
     written. A solver that needs data and is given none takes testing.training_text(). offload: the activations too.
     progress: called with (module, modules done, modules in all) while codes are chosen on data, then with (tensor,
     bytes written, bytes in all). options: of the format's writer.
+    ranks: processes that all make this call and share the calibration (docs/training-engines.md); rank 0 writes.
     """
     target = find_target(target) if isinstance(target, str) else target
     out, run = Path(out), Path(out) / "calibration"
@@ -80,19 +84,26 @@ def quantize_checkpoint(
     what, writer = target if recipe is None else recipe, find(target.format).writer()
     source: CheckpointSource
     if calibration is None and solver not in NEEDS_STATISTICS:
+        if ranks.world > 1:
+            raise PhiquantError(f"{solver} without calibration has nothing that {ranks.world} processes could share")
         source = CheckpointSource(folder, what, solver)
         claim_folder(out, target.format)
     else:
         ids = token_windows(calibration, load_tokenizer(folder))
         source = calibrated = CalibratedSource(folder, what, solver, ids, run, offload=offload)
-        claim_folder(out, target.format)
+        if ranks.first:
+            claim_folder(out, target.format)
         for entry in source.entries:
             writer.check(entry)  # now, not after hours
-        calibrated.solve(progress)
+        calibrated.solve(progress, ranks)
+        if not ranks.first:
+            ranks.wait()
+            return receipts.read(out)
     writer.write(source, out, progress=progress, **(target.options | options))
     receipt = sign(out, source.config)
     if isinstance(source, CalibratedSource):
         shutil.rmtree(run)
+    ranks.wait()
     return receipt
 
 

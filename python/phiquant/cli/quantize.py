@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from ..export import export as write
 from ..load import EMBEDDED, load
 from ..models import phi
 from ..quantize import quantize as quantize_model
+from ..ranks import torchrun
 from ..recipe import Recipe
 from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
@@ -63,9 +65,9 @@ def quantize(
     """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues.
 
     With calibration it is read and solved decoder layer by decoder layer; the log tells each one's error. With a
-    transform the model is held in memory.
+    transform the model is held in memory. Under torchrun all processes share the calibration; the first one writes.
     """
-    with session(json_, debug) as ui:
+    with session(json_, debug) as ui, torchrun() as ranks:
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
         transforms = check_transforms(transform)
@@ -77,11 +79,14 @@ def quantize(
                 f"{needy[0]} needs a text to calibrate {checkpoint} on", param_hint="--calibration"
             )
         with checkpoint_folder(checkpoint) as folder:
-            ui.log_to(output_folder(out) / "phiquant.log")
+            if ranks.first:
+                ui.log_to(output_folder(out) / "phiquant.log")
+            if transforms and ranks.world > 1:
+                raise typer.BadParameter("needs the model whole, in one process", param_hint="--transform")
             if transforms:
                 receipt = _in_memory(ui, folder, chosen, out, solver, rules, text, options, transforms)
             else:
-                with ui.progress("quantizing") as step:
+                with ui.progress("quantizing") if ranks.first else nullcontext() as step:
                     receipt = stream.quantize_checkpoint(
                         *(folder, chosen, out),
                         solver=solver,
@@ -89,9 +94,11 @@ def quantize(
                         calibration=text,
                         offload=True,
                         progress=step,
+                        ranks=ranks,
                         **options,
                     )
-        ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
+        if ranks.first:
+            ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
 
 
 def _in_memory(
