@@ -28,8 +28,8 @@ class QATSchedule:
     """Counts the steps of a prepared model, freezes its ranges, and keeps what a checkpoint of weights does not tell.
 
     model: after prepare_qat; what an engine wraps around it does not matter. steps: of the whole run.
-    freeze: share of the steps after which ranges that follow the weights (range="tensor", "observer") stay, so that the
-        last steps train for the very grid that is stored. None: never.
+    freeze: share of the steps after which ranges that follow the weights (range="tensor", "observer") or the inputs (an
+        observer for activations) stay, so that the last steps train for the very grid that is stored. None: never.
     """
 
     def __init__(self, model: nn.Module, steps: int, freeze: float | None = None) -> None:
@@ -72,15 +72,21 @@ class QATSchedule:
                 )
         self.done = int(state["done"])
         if state["frozen"]:
-            self._freeze()
+            self._freeze(restored=True)
 
-    def _freeze(self) -> None:
-        """The ranges stay as they are; of a restored run, as they were loaded."""
+    def _freeze(self, restored: bool = False) -> None:
+        """The ranges stay as they are, those of inputs as all ranks have seen them; `restored`: as they were loaded."""
         for _, module in _prepared(self.model):
             quantizer = module.weight_quantizer
             if isinstance(quantizer, FakeQuantize):
                 quantizer.freeze(_whole(module.weight))
                 quantizer.to(module.weight.device)
+            inputs = getattr(module, "input_quantizer", None)
+            if isinstance(inputs, FakeQuantize) and inputs.observer is not None:
+                inputs.observing = False
+                if not restored:  # each rank has seen inputs of its own
+                    inputs.observer.all_reduce()
+                    inputs.set_range(*inputs.observer.parameters_of_range())
         self.frozen = True
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .engines import QATSchedule
 from .errors import PhiquantError
 from .extras import need
+from .modules import QATEmbedding, QATLinear
 from .qat import distillation_loss
 from .quantize import Range, What, prepare_qat
 
@@ -30,6 +31,7 @@ class QATCallback(callbacks.TrainerCallback, callbacks.ExportableState):
     """Prepares the model when the Trainer is made, freezes ranges on the way, and converts it at the end.
 
     what, range: as prepare_qat takes them; what=None: the model is prepared already. freeze: as in QATSchedule.
+    train_float: also train what stays in float; off, embedding, norms and head remain as they are, as in qat.train.
     convert: store the codes when training ends; False where something is to follow, `finish()` does it then.
     What a checkpoint lacks, the grids and whether they are frozen, goes into its trainer_state.json. To resume with
     other grids is refused.
@@ -41,13 +43,20 @@ class QATCallback(callbacks.TrainerCallback, callbacks.ExportableState):
         range: Range = "mse",
         freeze: float | None = None,
         convert: bool = True,
+        train_float: bool = False,
     ) -> None:
-        self.what, self.range, self.freeze, self.convert = what, range, freeze, convert
+        self.what, self.range, self.freeze, self.convert, self.train_float = what, range, freeze, convert, train_float
+        self.kept: list[nn.Parameter] = []
         self.schedule: QATSchedule | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if self.what is not None:
             prepare_qat(model, self.what, range=self.range)
+            if not self.train_float:
+                trained = {id(p) for m in model.modules() if isinstance(m, QATLinear | QATEmbedding) for p in _own(m)}
+                self.kept = [p for p in model.parameters() if id(p) not in trained and p.requires_grad]
+        for parameter in self.kept:
+            parameter.requires_grad_(False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.schedule = QATSchedule(model, state.max_steps, self.freeze)
@@ -71,12 +80,20 @@ class QATCallback(callbacks.TrainerCallback, callbacks.ExportableState):
         """Store the codes of the trained model, in place, and return it."""
         if self.schedule is None:
             raise PhiquantError("nothing was trained yet; call trainer.train() first")
+        for parameter in self.kept:
+            parameter.requires_grad_(True)
         return self.schedule.finish()
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps."""
         known = {} if self.schedule is None else self.schedule.state_dict()
-        return {"args": {"freeze": self.freeze, "convert": self.convert}, "attributes": known}
+        settings = {"freeze": self.freeze, "convert": self.convert, "train_float": self.train_float}
+        return {"args": settings, "attributes": known}
+
+
+def _own(layer: nn.Module) -> list[nn.Parameter]:
+    """What the grid rounds, and what a learned grid consists of; the bias stays in float."""
+    return [layer.get_parameter("weight"), *layer.get_submodule("weight_quantizer").parameters()]
 
 
 class DistillationTrainer(trainers.Trainer):

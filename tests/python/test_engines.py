@@ -19,9 +19,9 @@ SPEC = "int4-g32-sym"
 STEPS, BATCH, WINDOW = 3, 4, 32
 
 
-def prepared(range, **config):
+def prepared(range, activations=None, observer=None, **config):
     model = random_phi3(**config).train()
-    return pq.prepare_qat(model, SPEC, range=range)
+    return pq.prepare_qat(model, SPEC, range=range, activations=activations, observer=observer)
 
 
 def batches():
@@ -88,6 +88,19 @@ def test_frozen_ranges_stay_and_the_weights_go_on():
     assert not torch.equal(before.codes, after.codes)
     unfrozen = train(prepared("tensor")).model.layers[0].mlp.down_proj
     assert not torch.equal(unfrozen.weight_quantizer.quantize(unfrozen.weight).scales, after.scales)
+
+
+def test_frozen_ranges_of_inputs_stay(one_rank):
+    model = prepared("mse", activations="uint8-tensor-asym", observer="minmax")
+    schedule = QATSchedule(model, STEPS, freeze=0.5)
+    train(model, schedule=schedule, stop=2)
+    inputs = model.model.layers[1].mlp.down_proj.input_quantizer
+    schedule.step()
+    before = inputs.scale.clone()
+    assert not inputs.observing
+    inputs(torch.full((1, 256), 1e4))
+    assert torch.equal(inputs.scale, before)
+    assert torch.equal(before, inputs.observer.parameters_of_range()[0])
 
 
 def test_finish_stores_the_codes_and_the_steps():
@@ -197,6 +210,15 @@ def _two_ranks(rank, folder):
             gather(wrapped, whole)
             if whole is not None:
                 torch.save(whole.state_dict(), folder / f"{engine}-{range}.pt")
+    model = shard(prepared("mse", activations="uint8-tensor-asym", observer="minmax"))
+    schedule = QATSchedule(model, STEPS, freeze=0.0)
+    loss_of(model, batches()[0].chunk(2)[rank])  # each rank sees inputs of its own
+    inputs = model.model.layers[1].mlp.down_proj.input_quantizer
+    scales = [torch.empty(1) for _ in (0, 1)]
+    for agree in (False, True):
+        dist.all_gather(scales, inputs.scale.reshape(1))
+        assert torch.equal(*scales) is agree
+        schedule.step()
 
 
 @pytest.mark.slow

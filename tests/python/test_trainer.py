@@ -91,7 +91,7 @@ def test_a_checkpoint_without_grids_is_refused(tmp_path):
 
     trainer(tmp_path, None, max_steps=2).train()
     with pytest.raises(PhiquantError, match="saved by a run without QATCallback"):
-        trainer(tmp_path, QATCallback("gguf:Q4_0")).train(resume_from_checkpoint=True)
+        trainer(tmp_path, QATCallback("gguf:Q4_0", train_float=True)).train(resume_from_checkpoint=True)
 
 
 def test_the_loss_is_that_of_the_positions_shown(tmp_path):
@@ -127,6 +127,22 @@ def test_accumulated_batches_count_as_one(tmp_path):
         one, two = (dict(model.named_parameters())[name] - start[name] for model in models)
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-3 * one.abs().max().item()), name
     assert any(not torch.equal(p, start[n]) for n, p in models[0].named_parameters())
+
+
+@pytest.mark.parametrize("train_float", [False, True])
+def test_what_stays_in_float_stays_unless_it_is_to_train(tmp_path, train_float):
+    from phiquant.trainer import QATCallback
+
+    run = trainer(tmp_path, QATCallback("gguf:Q4_0", range="learned", train_float=train_float), max_steps=1)
+    scale = run.model.get_submodule("model.layers.0.mlp.down_proj").weight_quantizer.scale.detach().clone()
+    trained = run.model.get_submodule("model.layers.0.mlp.down_proj").weight_quantizer.scale
+    run.train()
+    assert not torch.equal(trained, scale)
+    start = dict(random_phi3().named_parameters())
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        after = run.model.get_parameter(name)
+        assert after.requires_grad
+        assert torch.equal(after, start[name]) is not train_float, name
 
 
 def test_nothing_to_finish():
