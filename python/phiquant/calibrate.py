@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from .testing import training_text
 
 Calibration = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Progress = Callable[[str, int, int], None]  # (name of the layer, layers done, layers in all)
+Table = Callable[[slice], Tensor]  # rows of an embedding, [., D] float32
 
 WINDOW, WINDOWS = 512, 64  # tokens in a window, windows taken from a text
 _ROWS = 1024  # rows, evenly spaced, that the reported output error is measured on
 _SHOWN = 2  # windows that the reported error of a decoder layer is measured on
+_AS_INPUT = 0.3  # of a shared table: docs/methods/calibration.md measured 0 to 10
 _TABLE_ROWS = 1 << 14  # of the embedding, read at a time
 
 _log = logging.getLogger("phiquant")
@@ -79,8 +81,8 @@ def calibrate(
     """Codes for the modules that `specs` names, of a Phi-3 model that stays as it is.
 
     Each decoder layer sees what the quantized layers before it make of the windows `ids` [n, T], and inside a layer
-    each linear what the quantized linears before it make. The embedding (also where lm_head shares it) gets the
-    nearest codes: it has no inputs to weigh errors by.
+    each linear what the quantized linears before it make. The embedding gets the nearest codes: it has no inputs to
+    weigh errors by. Where lm_head shares it, errors are weighed by what that reads in the float model.
     folder: where each matrix is kept once it is solved, so that a killed run goes on to the same bytes (on the same
         machine, with as many threads); the codes are read from there. offload: keep the activations there as well,
         not in memory; a killed run then goes on from the inputs of the last decoder layer it reached.
@@ -89,28 +91,30 @@ def calibrate(
     """
     if offload and folder is None:
         raise PhiquantError("offload keeps activations in the folder of the run; give folder=")
-    parts = [_parts(specs, index) for index in range(layers.count)]
+    parts = [parts_of(specs, index) for index in range(layers.count)]
     known = {phi.EMBEDDING, phi.HEAD}.union(*(names for one in parts for names in one.values()))
     if strangers := [name for name in specs if name not in known]:
         raise PhiquantError(f"{strangers[0]} is no layer of a {phi.ARCHITECTURE}; give it a data-free solver")
     solved = Solved(
         folder, _fingerprint(layers, specs, solver, ids), {n: (s, layers.shape(n)) for n, s in specs.items()}
     )
-    run = _Run(layers, solver, solved, progress, ranks)
+    run = Run(layers, solver, solved, progress, ranks)
     if phi.EMBEDDING in specs:
-        run.solve(phi.EMBEDDING, None)
+        weighed = layers.tied and solved.missing(phi.EMBEDDING)
+        place = folder if offload else None
+        run.solve(phi.EMBEDDING, table_statistics(layers, ids, place, progress, ranks) if weighed else None)
     stages = [[name for names in one.values() for name in names] for one in parts]
     stages.append([phi.HEAD] if phi.HEAD in specs else [])
     unsolved = [index for index, names in enumerate(stages) if any(map(solved.missing, names))]
     if not unsolved:
         return solved
-    shape = (*ids.shape, layers.shape(phi.EMBEDDING)[1])
+    rows, width = layers.shape(phi.EMBEDDING)
     label = f"activations-{solved.fingerprint[:12]}"
-    activations = Activations(shape, folder if offload else None, label, layers.device, ranks)
+    activations = Activations((*ids.shape, width), folder if offload else None, label, layers.device, ranks)
     if activations.at > unsolved[0]:
         activations.forget()
     if activations.at < 0:
-        run.embed(ids, activations)
+        activations.replace(embedded(run.table, rows, ids))
     activations.arguments = layers.arguments(activations.read(slice(0, 1)))
     run.done += sum(map(len, stages[: activations.at]))
     for index in range(activations.at, min(unsolved[-1] + 1, layers.count)):
@@ -118,20 +122,59 @@ def calibrate(
         if index < unsolved[-1]:
             activations.advance(work)
     if solved.missing(phi.HEAD) if phi.HEAD in specs else ():
-        activations.arguments = {}
-        seen = nn.Sequential(layers.norm(), nn.Identity())
-        run.solve(phi.HEAD, activations.statistics(seen, seen[1], shape[2]))
+        run.solve(phi.HEAD, head_statistics(layers, activations))
     activations.forget()
     return solved
 
 
-def told(name: str, spec: QuantSpec, solver: str, ids: Tensor) -> dict[str, Any]:
+@torch.no_grad()
+def table_statistics(
+    layers: Layers, ids: Tensor, folder: Path | None, progress: Progress | None = None, ranks: Ranks = ALONE
+) -> Statistics:
+    """Of what the head reads in the float model, for the table that it shares with the embedding.
+
+    The table comes before the layers, so there is no quantized prefix yet. Its errors also go into the first layer,
+    where each direction counts alike: so the diagonal gets a share of its mean. folder: as for Activations.
+    """
+    rows, width = layers.shape(phi.EMBEDDING)
+    label = f"float-{hashlib.sha256(layers.identity.encode() + ids.numpy().tobytes()).hexdigest()[:12]}"
+    activations = Activations((*ids.shape, width), folder, label, layers.device, ranks)
+    if activations.at < 0:
+        activations.replace(embedded(lambda part: layers.weight(phi.EMBEDDING, part).float().cpu(), rows, ids))
+    flow(layers, activations, progress)
+    statistics = head_statistics(layers, activations)
+    activations.forget()
+    diagonal = statistics.moments.diagonal()
+    diagonal += _AS_INPUT * diagonal.mean()
+    return statistics
+
+
+def flow(layers: Layers, activations: Activations, progress: Progress | None) -> None:
+    """Let them pass through the decoder layers as these are."""
+    activations.arguments = layers.arguments(activations.read(slice(0, 1)))
+    for index in range(activations.at, layers.count):
+        if progress:
+            progress(f"model.layers.{index} in float", index, layers.count)
+        activations.advance(layers.decoder(index))
+
+
+def head_statistics(layers: Layers, activations: Activations) -> Statistics:
+    """Of the final norm's output, when all decoder layers are behind."""
+    activations.arguments = {}
+    seen = nn.Sequential(layers.norm(), nn.Identity())
+    return activations.statistics(seen, seen[1], activations.shape[2])
+
+
+def told(name: str, spec: QuantSpec, solver: str, ids: Tensor, tied: bool) -> dict[str, Any]:
     """What the receipt tells of the codes that calibrate() chose for a module: token ids [n, T]."""
-    if name == phi.EMBEDDING:
+    if name == phi.EMBEDDING and not tied:
         return {"solver": nearest(spec)}
     digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
-    about = {"kind": "inputs of each layer", "windows": len(ids), "tokens": ids.numel(), "digest": digest}
-    return {"solver": solver, "statistics": about}
+    kind = "inputs of the head in the float model" if name == phi.EMBEDDING else "inputs of each layer"
+    return {
+        "solver": solver,
+        "statistics": {"kind": kind, "windows": len(ids), "tokens": ids.numel(), "digest": digest},
+    }
 
 
 def output_error(w: Tensor, quantized: QuantizedTensor, statistics: Statistics) -> float:
@@ -144,29 +187,25 @@ def output_error(w: Tensor, quantized: QuantizedTensor, statistics: Statistics) 
     return float(((wrong @ hessian) * wrong).sum(dtype=torch.float64) / size) if size else 0.0
 
 
-class _Run:
+class Run:
     """Solves the matrices of one decoder layer after the other, or takes what is solved."""
 
-    def __init__(self, layers: Layers, solver: str, solved: Solved, progress: Progress | None, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        solver: str,
+        solved: Solved,
+        progress: Progress | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.layers, self.solver, self.solved, self.progress, self.ranks = layers, solver, solved, progress, ranks
         self.done = 0
 
-    def embed(self, ids: Tensor, activations: Activations) -> None:
-        """The inputs of the first decoder layer: rows of the embedding, of its codes where it has some."""
-        tokens, index = ids.unique(return_inverse=True)
-        table = torch.cat(list(self._embeddings(tokens)))
-        activations.replace(lambda batch: table[index[batch]])
-
-    def _embeddings(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Those of these tokens, ascending, [., D] float32, from some rows of the table at a time."""
-        for start in range(0, self.layers.shape(phi.EMBEDDING)[0], _TABLE_ROWS):
-            inside = tokens[(tokens >= start) & (tokens < start + _TABLE_ROWS)] - start
-            if len(inside):
-                rows = slice(start, start + _TABLE_ROWS)
-                coded = phi.EMBEDDING in self.solved.specs
-                table = self.solved.read(phi.EMBEDDING, rows).dequantize() if coded else None
-                table = self.layers.weight(phi.EMBEDDING, rows) if table is None else table
-                yield table[inside.to(table.device)].float().cpu()
+    def table(self, rows: slice) -> Tensor:
+        """Rows of the embedding, float32: the values of its codes where it has some."""
+        if phi.EMBEDDING in self.solved.specs:
+            return self.solved.read(phi.EMBEDDING, rows).dequantize()
+        return self.layers.weight(phi.EMBEDDING, rows).float().cpu()
 
     def decoder(self, index: int, parts: Mapping[str, Sequence[str]], activations: Activations) -> nn.Module:
         """The decoder layer with the values of its codes, those that are missing solved in the order of its program."""
@@ -237,12 +276,24 @@ class _Run:
         self.done += 1
 
 
+def embedded(table: Table, size: int, ids: Tensor) -> Callable[[slice], Tensor]:
+    """For some windows of `ids`, [B, T, D]: their tokens' rows of a table of `size` rows, read in pieces."""
+    tokens, index = ids.unique(return_inverse=True)
+    found = []
+    for start in range(0, size, _TABLE_ROWS):
+        inside = tokens[(tokens >= start) & (tokens < start + _TABLE_ROWS)] - start
+        if len(inside):
+            found.append(table(slice(start, min(start + _TABLE_ROWS, size)))[inside])
+    rows = torch.cat(found)
+    return lambda batch: rows[index[batch]]
+
+
 def nearest(spec: QuantSpec) -> str:
     """The solver of the layers without inputs to weigh errors by."""
     return "kmeans" if isinstance(spec.element, Codebook) else "rtn"
 
 
-def _parts(specs: Mapping[str, QuantSpec], index: int) -> dict[str, list[str]]:
+def parts_of(specs: Mapping[str, QuantSpec], index: int) -> dict[str, list[str]]:
     """The modules of a decoder layer to be solved, by the linear whose input they share, as these compute."""
     found = {
         part: [name for name in specs if f"{name}.".startswith(f"model.layers.{index}.{part}.")]

@@ -13,6 +13,7 @@ from .calibrate import Progress, calibrate, told
 from .calibration_layers import CheckpointLayers
 from .checkpoint_source import CheckpointSource
 from .formats.source import Entry
+from .models import phi
 from .ranks import ALONE, Ranks
 from .recipe import Recipe
 from .spec import QuantSpec, Target
@@ -65,5 +66,5 @@ class CalibratedSource(CheckpointSource):
     def _told(self, entry: Entry) -> Entry:
         if entry.spec is None:
             return entry
-        origin: dict[str, Any] = told(entry.module, entry.spec, self.solver, self._ids)
+        origin: dict[str, Any] = told(entry.module, entry.spec, self.solver, self._ids, phi.sizes(self.config).tied)
         return dataclasses.replace(entry, origin=origin)

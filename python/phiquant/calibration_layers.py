@@ -25,10 +25,12 @@ from .split_linear import projection_name, split
 class Layers(Protocol):
     """A Phi-3 model as calibration sees it.
 
-    count: decoder layers. device: where they compute. identity: what a resumed run must find again.
+    count: decoder layers. tied: whether embedding and head share a table. device: where they compute. identity: what
+    a resumed run must find again.
     """
 
     count: int
+    tied: bool
     device: torch.device
 
     @property
@@ -64,6 +66,7 @@ class ModelLayers:
             raise PhiquantError(f"calibration follows a {phi.ARCHITECTURE}; {type(model).__name__} has no model.layers")
         self.model, self.count = model, len(layers)
         self.device = next(model.parameters()).device
+        self.tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
     @property
     def identity(self) -> str:
@@ -103,7 +106,7 @@ class CheckpointLayers:
             self.model = transformers.Phi3ForCausalLM(config).float().eval()
         body = self.model.model
         body.rotary_emb = type(body.rotary_emb)(config)  # its tables are computed, not stored
-        self.count = len(body.layers)
+        self.count, self.tied = len(body.layers), phi.sizes(checkpoint.config).tied
         with split(self.model, split_names):
             pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,14 @@ class CheckpointSource:
         if entry.spec is None:
             return torch.cat(pieces)  # type: ignore[arg-type]
         return join_rows(pieces)  # type: ignore[arg-type]
+
+    def first_layers(self, count: int) -> CheckpointSource:
+        """The same checkpoint as a model of its first `count` decoder layers."""
+        cut = copy.copy(self)
+        cut.config = {**self.config, "num_hidden_layers": count}
+        names = {name.removesuffix(".weight") for name, _ in phi.tensors(cut.config)}
+        cut.entries = [entry for entry in self.entries if phi.fused_name(entry.module) in names]
+        return cut
 
     def _in_turn(self, entry: Entry, rows: slice) -> QuantizedTensor | torch.Tensor:
         """These rows; the next as many are read and quantized while the caller packs and writes these."""

@@ -92,7 +92,8 @@ def quantize(
                 ranks=ranks,
             )
             solved = [
-                (modules, found.read(names[0]), told(names[0], spec, solver, ids)) for names, modules, spec in groups
+                (modules, found.read(names[0]), told(names[0], spec, solver, ids, len(names) > 1))
+                for names, modules, spec in groups
             ]
         else:
             chosen_by = {"solver": solver}

@@ -189,11 +189,11 @@ def test_a_run_killed_anywhere_ends_with_the_same_bytes(checkpoint: Path, tmp_pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     sizes |= {"rope_scaling": None, "sliding_window": None}
     peaks = []
-    for layers in (2, 22):
+    for layers in (2, 10):
         folder = tmp_path / str(layers)
         generate_checkpoint("phi-3.5-mini", folder, num_hidden_layers=layers, **sizes)
-        peaks.append(children(folder, [(tmp_path / f"out-{layers}", "")], windows=32)[0])
-    assert peaks[1] - peaks[0] < 25e6  # 20 layers more hold 105 MB in bf16
+        peaks.append(children(folder, [(tmp_path / f"out-{layers}", "")], windows=8)[0])
+    assert peaks[1] - peaks[0] < 20e6  # 8 layers more hold 67 MB in bf16

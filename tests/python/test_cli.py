@@ -80,6 +80,31 @@ def test_plan_says_size_memory_and_time(checkpoint, quantized):
     assert "memory" in run("plan", checkpoint, "--target", "safetensors:int8-channel")
 
 
+def test_plan_of_a_calibrated_run(checkpoint, text, tmp_path):
+    free, solved = (
+        run_json("plan", checkpoint, "--target", "gguf:Q4_0", "--out", tmp_path / "out", *options)
+        for options in ((), ("--solver", "gptq", "--calibration", text))
+    )
+    assert solved["files"] == free["files"]
+    assert solved["seconds"] > free["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_chooses_the_bits_of_a_shared_table(text, tmp_path):
+    import phiquant as pq
+
+    checkpoint = tmp_path / "checkpoint"
+    pq.testing.random_phi3(tie_word_embeddings=True).save_pretrained(checkpoint)
+    pq.load("phi3-tiny")[1].save_pretrained(checkpoint)
+    options = ("--target", "safetensors:int4-g32", "--embedding", "auto", "--out", tmp_path / "out")
+    run("quantize", checkpoint, *options, code=2)  # needs a text
+    shown = run("quantize", checkpoint, *options, "--calibration", text, "--tolerance", 100)
+    assert "safetensors:int4-g32: at most 100 nats of KL" in shown
+    assert "safetensors:int8-channel" in shown
+    report = run_json("quantize", checkpoint, *options, "--calibration", text, "--tolerance", 0)
+    assert report["embedding"]["chosen"] is None
+
+
 def test_quantize_writes_files_receipt_and_log(quantized):
     assert {"model.gguf", "receipt.json", "phiquant.log"} <= {path.name for path in quantized.iterdir()}
     log = (quantized / "phiquant.log").read_text()

@@ -64,6 +64,24 @@ TextOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="Evaluate on this many windows only.", show_default="the whole text")
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"A UTF-8 text for solvers that need data, such as the model is used on. {EMBEDDED} alone has one of its "
+        "own: the standard library."
+    ),
+]
+EmbeddingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TARGET|auto",
+        help="Grid of the table that embedding and head share; auto: the smallest whose measured loss is tolerable.",
+        show_default="float, or as the recipe says",
+    ),
+]
+ToleranceOption = Annotated[
+    float, typer.Option(min=0.0, help="Of --embedding auto: the most KL, in nats a token, that the table may cost.")
+]
 OptionsOption = Annotated[
     list[str] | None,
     typer.Option(

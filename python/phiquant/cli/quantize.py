@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import stream
+from .. import stream, tied
 from ..checkpoint import Checkpoint
 from ..export import claim_folder
 from ..export import export as write
@@ -23,11 +23,14 @@ from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
 from ..transforms import NEEDS_DATA
 from .arguments import (
+    CalibrationOption,
     CheckpointArg,
+    EmbeddingOption,
     OptionsOption,
     RecipeOption,
     SolverOption,
     TargetOption,
+    ToleranceOption,
     TransformOption,
     check_solver,
     check_transforms,
@@ -38,16 +41,9 @@ from .arguments import (
     read_target,
     read_text,
 )
-from .session import DebugFlag, JsonFlag, Ui, files_table, session
+from .session import DebugFlag, JsonFlag, Ui, files_table, session, size, table
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the files, their receipt and the log.")]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        help=f"A UTF-8 text for solvers that need data, such as the model is used on. {EMBEDDED} alone has one of its "
-        "own: the standard library."
-    ),
-]
 
 
 def quantize(
@@ -58,6 +54,8 @@ def quantize(
     calibration: CalibrationOption = None,
     transform: TransformOption = None,
     recipe: RecipeOption = None,
+    embedding: EmbeddingOption = None,
+    tolerance: ToleranceOption = tied.TOLERANCE,
     option: OptionsOption = None,
     json_: JsonFlag = False,
     debug: DebugFlag = False,
@@ -72,6 +70,11 @@ def quantize(
         check_solver(solver)
         transforms = check_transforms(transform)
         needy = [n for n in (solver, *(t.partition(":")[0] for t in transforms)) if n in NEEDS_STATISTICS | NEEDS_DATA]
+        needy += ["--embedding auto"] if embedding == "auto" else []
+        if transforms and embedding is not None:
+            raise typer.BadParameter(
+                "a transform is not streamed yet: name the table in a recipe", param_hint="--embedding"
+            )
         options = chosen.options | read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
         if needy and text is None and checkpoint != EMBEDDED:
@@ -93,12 +96,25 @@ def quantize(
                         recipe=rules,
                         calibration=text,
                         offload=True,
+                        embedding=embedding,
+                        tolerance=tolerance,
                         progress=step,
                         ranks=ranks,
                         **options,
                     )
         if ranks.first:
-            ui.result({"ok": True, "out": str(out), "files": receipt["files"]}, files_table(receipt))
+            found = {"embedding": receipt["embedding"]} if "embedding" in receipt else {}
+            tables = [_trials(receipt["embedding"])] if found else []
+            ui.result({"ok": True, "out": str(out), "files": receipt["files"], **found}, *tables, files_table(receipt))
+
+
+def _trials(choice: dict[str, Any]) -> Any:
+    """What each grid of a shared table would cost."""
+    chosen = choice["chosen"] or "float"
+    made = table("table on", "size>", "KL>", "loss>", title=f"{chosen}: at most {choice['tolerance']:g} nats of KL")
+    for trial in choice["trials"]:
+        made.add_row(trial["target"], size(trial["bytes"]), f"{trial['kl']:.2e}", f"{trial['loss']:+.2e}")
+    return made
 
 
 def _in_memory(
