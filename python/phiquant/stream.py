@@ -72,7 +72,11 @@ def quantize_checkpoint(
     choice = None
     if embedding is not None:
         rules = as_recipe(what, Checkpoint(folder).config)
-        what, choice = tied.with_table(rules, embedding, tolerance, folder, target.format, solver, ids, run, progress)
+        what, choice = tied.with_table(
+            *(rules, embedding, tolerance, folder, target.format, solver, ids, run),
+            check=lambda one: writer.sizes(CheckpointSource(folder, one), **target.options),
+            progress=progress,
+        )
     source: CheckpointSource
     if ids is None or not on_data:
         source = CheckpointSource(folder, what, solver)

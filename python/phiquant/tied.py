@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ CANDIDATES = {
     "mlx": ("mlx:8bit-g64", "mlx:6bit-g64", "mlx:5bit-g64", "mlx:4bit-g64"),
     "onnx": ("onnx:int8-g32", "onnx:int4-g32"),
     "openvino": ("openvino:i8-g32", "openvino:i8-channel", "openvino:i4-g32"),
-    "safetensors": ("safetensors:int8-g32", "safetensors:int8-channel", "safetensors:int4-g32"),
+    "safetensors": ("safetensors:int8-g32",),
     "qnn": ("qnn:a16w8",),
 }
 
@@ -130,12 +130,14 @@ def with_table(
     solver: str,
     ids: Tensor | None,
     run: Path,
+    check: Callable[[Recipe], Any],
     progress: Progress | None = None,
 ) -> tuple[Recipe, Choice | None]:
     """`recipe` with the table of a checkpoint as `embedding` says: a target, or "auto", and then how that was chosen.
 
     ids: calibration windows; the last are what it is chosen on, the others weigh errors for solvers that want data.
-    run: a folder to work in. What was chosen there is taken again.
+    run: a folder to work in. What was chosen there is taken again. check: raises PhiquantError for a recipe that the
+    format cannot hold.
     """
     if embedding != "auto":
         return Choice((), tolerance, embedding).recipe(recipe), None
@@ -153,7 +155,7 @@ def with_table(
         place.mkdir()
         weighed = layers.tied and solver in NEEDS_STATISTICS
         choice = choose(
-            *(layers, CANDIDATES[format], held),
+            *(layers, _possible(CANDIDATES[format], recipe, check), held),
             tolerance=tolerance,
             solver=solver,
             statistics=table_statistics(layers, others, place, progress) if weighed else None,
@@ -166,6 +168,20 @@ def with_table(
     told = found["choice"]
     choice = Choice(tuple(Trial(**one) for one in told["trials"]), told["tolerance"], told["chosen"])
     return choice.recipe(recipe), choice
+
+
+def _possible(names: Sequence[str], recipe: Recipe, check: Callable[[Recipe], Any]) -> list[str]:
+    """Those that the format holds; the reason why not if there are none."""
+    possible, reason = [], None
+    for name in names:
+        try:
+            check(Choice((), 0.0, name).recipe(recipe))
+            possible.append(name)
+        except PhiquantError as error:
+            reason = error
+    if reason is not None and not possible:
+        raise reason
+    return possible
 
 
 def _spec(name: str) -> QuantSpec:

@@ -96,11 +96,13 @@ def test_quantize_chooses_the_bits_of_a_shared_table(text, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     pq.testing.random_phi3(tie_word_embeddings=True).save_pretrained(checkpoint)
     pq.load("phi3-tiny")[1].save_pretrained(checkpoint)
-    options = ("--target", "safetensors:int4-g32", "--embedding", "auto", "--out", tmp_path / "out")
+    options = ("--target", "mlx:4bit-g64", "--embedding", "auto", "--out", tmp_path / "out")
     run("quantize", checkpoint, *options, code=2)  # needs a text
     shown = run("quantize", checkpoint, *options, "--calibration", text, "--tolerance", 100)
-    assert "safetensors:int4-g32: at most 100 nats of KL" in shown
-    assert "safetensors:int8-channel" in shown
+    assert "mlx:4bit-g64: at most 100 nats of KL" in shown
+    assert "mlx:8bit-g64" in shown
+    other = ("--target", "safetensors:int4-g32", *options[2:4], "--out", tmp_path / "other", "--calibration", text)
+    assert "cannot tie packed weights" in run_json("quantize", checkpoint, *other, code=1)["error"]
     report = run_json("quantize", checkpoint, *options, "--calibration", text, "--tolerance", 0)
     assert report["embedding"]["chosen"] is None
 
