@@ -150,8 +150,8 @@ class Bench:
             print(note)
             self.ok = False
             return
-        chosen = [m.weight for n, m in models["torchao"].named_modules() if "layers." in n and "_proj" in n]
-        kept = {id(p) for p in chosen}
+        linears = [m for n, m in models["torchao"].named_modules() if isinstance(m, torch.nn.Linear) and "layers." in n]
+        kept = {id(m.weight) for m in linears}
         for parameter in models["torchao"].parameters():
             parameter.requires_grad_(id(parameter) in kept)
         with only_grids(models["phiquant"]):

@@ -56,13 +56,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_interrupted_run_of_any_variant_gives_the_same_bits(tiny_model, tokenizer, text, tmp_path, variant):
     spec, options = VARIANTS[variant]
+    options = {"settings": dataclasses.replace(SETTINGS, steps=4, batch=2), "text": text, **options}
     whole, broken, again = (copy.deepcopy(tiny_model) for _ in range(3))
-    full = qat.train(whole, tokenizer, spec, text=text, settings=SETTINGS, **options)
+    full = qat.train(whole, tokenizer, spec, **options)
     with pytest.raises(KeyboardInterrupt):
-        qat.train(
-            broken, tokenizer, spec, text=text, settings=SETTINGS, folder=tmp_path, progress=stop_after(5), **options
-        )
-    report = qat.train(again, tokenizer, spec, text=text, settings=SETTINGS, folder=tmp_path, **options)
+        qat.train(broken, tokenizer, spec, folder=tmp_path, progress=stop_after(3), **options)
+    report = qat.train(again, tokenizer, spec, folder=tmp_path, **options)
     assert report.curve == full.curve
     assert (report.steps, report.trained) == (full.steps, full.trained)
     assert digests(again) == digests(whole)
