@@ -58,7 +58,7 @@ class Settings:
             raise PhiquantError("learning_rate, scale_learning_rate and temperature are positive")
         if not (0 <= self.language_model <= 1 and 0 <= self.freeze <= 1):
             raise PhiquantError("language_model and freeze are shares, between 0 and 1")
-        if self.block_windows < self.batch or self.end_to_end not in ("scales", "all"):
+        if (self.block_steps and self.block_windows < self.batch) or self.end_to_end not in ("scales", "all"):
             raise PhiquantError("block_windows is at least batch; end_to_end is 'scales' or 'all'")
         if self.seconds is not None and self.seconds <= 0:
             raise PhiquantError(f"seconds must be positive, not {self.seconds}")

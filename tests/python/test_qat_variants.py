@@ -319,7 +319,7 @@ def test_where_adapters_cannot_go(tiny_model):
         {"freeze": 1.5},
         {"steps": 0},
         {"block_steps": -1},
-        {"block_windows": 2},
+        {"block_steps": 1, "block_windows": 2},
         {"end_to_end": "nothing"},
     ],
 )

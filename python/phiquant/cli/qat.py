@@ -113,7 +113,6 @@ def qat(
                 scale_learning_rate=scale_learning_rate,
                 freeze=freeze,
                 block_steps=blocks,
-                block_windows=max(batch, Settings.block_windows),
                 end_to_end=end_to_end,  # type: ignore[arg-type]
                 language_model=language_model,
                 seed=seed,
