@@ -119,8 +119,8 @@ class Bench:
             line = self.trained(f"{spec} QAT (LSQ, distilled)", spec, settings, range="learned")
             to_rtn, best = line.kl / peers["rtn"].kl, min(peers["gptq"].kl, peers["gptq_mse"].kl)
             self.require(line.kl < best, line, f"{line.kl / best:.3f} of gptq's (bar 1)")
-            bar = RTN_BAR.get(number)
-            self.require(bar is None or to_rtn <= bar, line, f"{to_rtn:.3f} of rtn's (bar {bar})")
+            if bar := RTN_BAR.get(number):
+                self.require(to_rtn <= bar, line, f"{to_rtn:.3f} of rtn's (bar {bar})")
             self.add(line)
 
     def variants(self, spec: str, learning_rate: float) -> None:
