@@ -1,11 +1,14 @@
-"""Solvers on phi3-tiny and on its outlier twin: what each loses on held-out text; GPTQ's speed against plain PyTorch.
+"""Every method at 8, 4, 3 and 2 bits on phi3-tiny and its outlier twin; what peers reach; the bars of both.
 
-    python benchmarks/methods.py [--windows 80] [--repeats 5] [--only table,speed] [--json]
+    python benchmarks/methods.py [--windows 24] [--models phi3-tiny,twin] [--bits 8,4,3,2] [--only gptq,rtn]
+                                 [--out results.jsonl] [--peers DIR] [--report results.jsonl]
 
-loss: NLL per token above the float model's, paired, with its standard error. output error: |(W - Q) X|^2 / |W X|^2 of
-each linear on the held-out inputs of the float model, mean over the linears, relative to rtn's on the same grid.
-Calibration is on the training text. Bars: gptq at int4 g32 and int3 g32 on phi3-tiny loses <= 0.65x of what rtn loses
-and has <= 0.6x of its output error; a 3072 x 3072 layer, moments given, in <= 1/3 of the time of plain PyTorch.
+One line for each model, grid and method (kept in --out): perplexity, KL to the float model, loss (nats per token above
+it, paired, with its standard error), same top token, bits per weight with every stored byte counted, seconds, memory
+above the model's own. --peers: a folder of the lines that `python -m quality_peers TOOL` printed, each in an
+environment of its own (quality_peers/README). --report: print the tables and bars of lines measured before.
+Bars: gptq at int4 g32 and int3 g32 on phi3-tiny loses <= 0.65x of what rtn loses and has <= 0.6x of its output
+error; at about 4.5, 3.5 and 2.5 bits the best solver's KL is <= 0.9x of the best peer's of as many bits or less.
 """
 
 from __future__ import annotations
@@ -14,96 +17,71 @@ import argparse
 import copy
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import phiquant as pq
 import torch
-from common import Row, interleave, machine, print_rows
-from phiquant.calibrate import output_error, token_windows
+from common import machine
+from phiquant.calibrate import output_error
 from phiquant.modules import QuantizedLinear
-from phiquant.solvers import NEEDS_STATISTICS
-from phiquant.solvers.gptq import gptq
 from phiquant.statistics import Statistics
+from quality import MODELS, Judge, Quality, linears
 
-SPECS = ("int4-g32-sym", "int3-g32-sym", "int4-channel-sym", "int3-channel-sym")
-SOLVERS = ("rtn", "mse", "gptq", "gptq_mse")
-LOSS_BAR, ERROR_BAR = 0.65, 0.6
+LOSS_BAR, ERROR_BAR, PEER_BAR = 0.65, 0.6, 0.9
+BUDGETS = (4.63, 3.63, 2.63)  # what a peer of "about 4.5" bits may have: int4 asym g32 is 4.625
+
+# method -> (solver, transforms, grids by their bits); grids of integers unless told
+INTEGERS = ("uint{}-g32-asym",)
+METHODS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "rtn": ("rtn", (), ("int{}-g32-sym", *INTEGERS)),
+    "mse": ("mse", (), INTEGERS),
+    "mse_exact": ("mse_exact", (), INTEGERS),
+    "percentile": ("percentile", (), INTEGERS),
+    "kl": ("kl", (), INTEGERS),
+    "histogram": ("histogram", (), INTEGERS),
+    "hqq": ("hqq", (), INTEGERS),
+    "kmeans": ("kmeans", (), ("codebook{levels}-tensor",)),
+    "adaround": ("adaround", (), INTEGERS),
+    "awq": ("awq", (), INTEGERS),
+    "gptq": ("gptq", (), ("int{}-g32-sym", *INTEGERS)),
+    "gptq_mse": ("gptq_mse", (), INTEGERS),
+    "awq, gptq_mse": ("gptq_mse", ("awq",), INTEGERS),
+}
 
 
-@dataclass
-class Result:
-    """One line of the table."""
-
-    model: str
-    spec: str
-    solver: str
-    bits: float
-    loss: float
-    standard_error: float
-    loss_to_rtn: float
-    kl: float
-    same_top: float
-    output_error: float
-    error_to_rtn: float
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        barred = (self.model, self.solver) == ("phi3-tiny", "gptq") and self.spec in SPECS[:2]
-        return not barred or (self.loss_to_rtn <= LOSS_BAR and self.error_to_rtn <= ERROR_BAR)
+def cells(bits: list[int], only: set[str]) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    """(method, grid, solver, transforms)."""
+    for number in bits:
+        for name, (solver, transforms, grids) in METHODS.items():
+            for grid in grids if not only or name in only else ():
+                yield name, grid.format(number, levels=2**number), solver, transforms
 
 
 @torch.no_grad()
-def held_out_statistics(model: Any, rows: list[list[int]]) -> dict[str, Statistics]:
-    """Of the input of every linear of the decoder layers."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "layers" in n}
-    seen = {name: Statistics(linear.in_features) for name, linear in linears.items()}
-    hooks = [m.register_forward_pre_hook(lambda _, x, s=seen[n]: s.update(x[0])) for n, m in linears.items()]
-    for row in rows:
-        model(torch.tensor([row]), use_cache=False)
+def held_out_statistics(judge: Judge) -> dict[str, Statistics]:
+    """Of the input of every linear of the decoder layers, on 16 held-out windows."""
+    seen = {name: Statistics(linear.in_features) for name, linear in linears(judge.model).items()}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, x, s=seen[n]: s.update(x[0])) for n, m in linears(judge.model).items()
+    ]
+    for row in judge.rows[:16]:
+        judge.model(torch.tensor([row]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return seen
 
 
-def mean_output_error(model: Any, float_model: Any, seen: dict[str, Statistics]) -> float:
+def mean_output_error(model: Any, judge: Judge, seen: dict[str, Statistics]) -> float:
+    """|(W - Q) X|^2 / |W X|^2 of each linear on held-out inputs of the float model, mean over the linears."""
     errors = [
-        output_error(float_model.get_submodule(name).weight.detach(), layer.quantized, seen[name])
+        output_error(judge.model.get_submodule(name).weight.detach(), layer.quantized, seen[name])
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLinear)
     ]
     return sum(errors) / len(errors)
-
-
-def table(windows: int) -> list[Result]:
-    model, tokenizer = pq.load("phi3-tiny")
-    text, ids = pq.testing.heldout_text(), token_windows(None, tokenizer)
-    rows = pq.evaluate.windows(tokenizer, text, limit=windows)
-    results = []
-    for label, reference in (("phi3-tiny", model), ("twin", pq.testing.outlier_twin(model))):
-        seen = held_out_statistics(reference, rows[:16])
-        logits = list(pq.evaluate.model_logits(reference, rows))
-        for spec in SPECS:
-            base: Result | None = None
-            for solver in SOLVERS:
-                began = time.perf_counter()
-                data = {"calibration": ids} if solver in NEEDS_STATISTICS else {}
-                quantized = pq.quantize(copy.deepcopy(reference), spec, solver, **data)
-                seconds = time.perf_counter() - began
-                found = pq.evaluate.compare_logits(rows, pq.evaluate.model_logits(quantized, rows), logits)
-                error = mean_output_error(quantized, reference, seen)
-                bits = bits_per_weight(quantized)
-                result = Result(
-                    *(label, spec, solver, bits, found.nll_diff, found.nll_diff_se, 1.0, found.kl, found.same_top),
-                    *(error, 1.0, seconds),
-                )
-                base = base or result
-                result.loss_to_rtn = result.loss / base.loss
-                result.error_to_rtn = result.output_error / base.output_error
-                results.append(result)
-    return results
 
 
 def bits_per_weight(model: Any) -> float:
@@ -113,82 +91,98 @@ def bits_per_weight(model: Any) -> float:
     return bits / sum(q.codes.numel() for q in layers)
 
 
-def plain_pytorch(w: torch.Tensor, h: torch.Tensor, group: int = 32, bits: int = 4, damping: float = 0.01) -> Any:
-    """The paper's algorithm with act-order and static groups, a torch operation per step, blocks of 128 columns.
-
-    Written after IST-DASLab/gptq: the same steps, the per-column loss among them.
-    """
-    columns, largest = w.shape[1], torch.tensor(2**bits - 1)
-    w, h = w.clone(), h.clone()
-    scales = [2 * w[:, start : start + group].abs().amax(1) / (largest - 1) for start in range(0, columns, group)]
-    zero = torch.full_like(scales[0], 2 ** (bits - 1))
-    order = torch.argsort(h.diagonal(), descending=True)
-    w, h = w[:, order], h[order][:, order]
-    h.diagonal().add_(damping * h.diagonal().mean())
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    values, losses = torch.zeros_like(w), torch.zeros_like(w)
-    for start in range(0, columns, 128):
-        stop = min(start + 128, columns)
-        block, errors = w[:, start:stop].clone(), torch.zeros(len(w), stop - start)
-        inside = upper[start:stop, start:stop]
-        for i in range(stop - start):
-            column, scale = block[:, i], scales[int(order[start + i]) // group]
-            code = torch.clamp(torch.round(column / scale) + zero, 0, largest)
-            value = scale * (code - zero)
-            values[:, start + i] = value
-            losses[:, start + i] = (column - value) ** 2 / inside[i, i] ** 2
-            error = (column - value) / inside[i, i]
-            block[:, i:] -= error[:, None] @ inside[i, i:][None]
-            errors[:, i] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return values[:, torch.argsort(order)]
+def measure(models: list[str], bits: list[int], only: set[str], windows: int) -> Iterator[dict[str, Any]]:
+    for name in models:
+        judge = Judge(name, windows)
+        seen = held_out_statistics(judge)
+        for method, grid, solver, transforms in cells(bits, only):
+            quality, model = one(judge, method, grid, solver, transforms)
+            error = mean_output_error(model, judge, seen) if solver in ("rtn", "gptq", "gptq_mse") else None
+            yield asdict(quality) | {"grid": grid, "output_error": error}
 
 
-def speed(repeats: int) -> list[Row]:
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    statistics = Statistics(3072)
-    statistics.update(torch.randn(6144, 3072, generator=generator) * torch.rand(3072, generator=generator))
-    w, spec = torch.randn(3072, 3072, generator=generator) * 0.02, pq.spec("int4-g32-sym")
-    h = statistics.hessian.clone()
-    times = interleave({"torch": lambda: plain_pytorch(w, h), "ours": lambda: gptq(w, spec, statistics)}, repeats)
-    same = (plain_pytorch(w, h) - gptq(w, spec, statistics).dequantize()).abs() < 1e-6
-    share = same.float().mean().item()  # the others lie within rounding of the middle between two codes
-    name = f"gptq int4 g32, 3072x3072, {100 * share:.2f} % of the codes equal"
-    return [Row(name, times["torch"], times["ours"], 3.0, share > 0.995)]
+def one(judge: Judge, method: str, grid: str, solver: str, transforms: tuple[str, ...]) -> tuple[Quality, Any]:
+    model = copy.deepcopy(judge.model)
+
+    def make() -> tuple[Any, float]:
+        data = {"calibration": judge.ids} if transforms or solver not in DATA_FREE else {}
+        pq.quantize(model, grid, solver, transforms=transforms, **data)
+        return model, bits_per_weight(model)
+
+    return judge.run("phiquant", method, make), model
 
 
-def print_table(results: list[Result]) -> None:
-    print(f"{'':9} {'spec':17} {'solver':9} {'bits':>5} {'loss':>8} {'+-':>7} {'/ rtn':>6} {'KL':>8} {'top-1':>6} "
-          f"{'out. error':>10} {'/ rtn':>6} {'s':>5}")  # fmt: skip
-    for r in results:
-        verdict = "" if r.ok else "  MISSED"
+DATA_FREE = {"rtn", "mse_exact", "percentile", "kl", "histogram", "hqq"}
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    print("| model | tool, method | grid | bits | perplexity | loss | KL | same top | seconds | MiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for r in sorted(lines, key=lambda r: (MODELS.index(r["model"]), -round(r["bits"]), r["kl"])):
+        tool = "" if r["tool"] == "phiquant" else r["tool"] + " "
         print(
-            f"{r.model:9} {r.spec:17} {r.solver:9} {r.bits:5.2f} {r.loss:8.4f} {r.standard_error:7.4f} "
-            f"{r.loss_to_rtn:6.3f} {r.kl:8.4f} {r.same_top:6.3f} {r.output_error:10.2e} {r.error_to_rtn:6.3f} "
-            f"{r.seconds:5.1f}{verdict}"
+            f"| {r['model']} | {tool}{r['method']} | {r.get('grid') or ''} | {r['bits']:.2f} | {r['perplexity']:.2f} | "
+            f"{r['loss']:.4f} +- {r['standard_error']:.4f} | {r['kl']:.4f} | {100 * r['same_top']:.1f} % | "
+            f"{r['seconds']:.1f} | {r['memory'] / 2**20:.0f} |"
         )
+
+
+def bars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
+    """(what, measured ratio, bar)."""
+    ours = {(r["model"], r["method"], r["grid"]): r for r in lines if r["tool"] == "phiquant"}
+    for bits in (4, 3):
+        rtn, gptq = (ours.get(("phi3-tiny", m, f"int{bits}-g32-sym")) for m in ("rtn", "gptq"))
+        if rtn and gptq:
+            yield f"gptq int{bits} g32: loss against rtn", gptq["loss"] / rtn["loss"], LOSS_BAR
+            yield f"gptq int{bits} g32: output error", gptq["output_error"] / rtn["output_error"], ERROR_BAR
+    for model in MODELS:
+        for most in BUDGETS:
+            within = [r for r in lines if r["model"] == model and most - 1 < r["bits"] <= most]
+            best = [min((r for r in within if (r["tool"] == "phiquant") is we), key=lambda r: r["kl"], default=None)
+                    for we in (True, False)]  # fmt: skip
+            if all(best):
+                mine, peer = best
+                what = f"{model}, up to {most} bits: {mine['method']} {mine['grid']} ({mine['bits']:.2f}) against "
+                what += f"{peer['tool']} {peer['method']} ({peer['bits']:.2f})"
+                yield what, mine["kl"] / peer["kl"], PEER_BAR
+
+
+def report(lines: list[dict[str, Any]]) -> bool:
+    print_table(lines)
+    print()
+    ok = True
+    for what, ratio, bar in bars(lines):
+        ok &= ratio <= bar
+        print(f"{what}: {ratio:.3f} (bar {bar}) {'ok' if ratio <= bar else 'MISSED'}")
+    return ok
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith("{")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=80, help="held-out windows of 512 tokens")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="table,speed")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--bits", default="8,4,3,2")
+    parser.add_argument("--only", default="", help="methods, separated by ';'")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--report", type=Path, nargs="*")
     args = parser.parse_args()
-    results = table(args.windows) if "table" in args.only else []
-    rows = speed(args.repeats) if "speed" in args.only else []
-    if args.json:
-        lines = {"table": [asdict(r) for r in results], "speed": [row.as_dict() for row in rows]}
-        print(json.dumps({"machine": machine(), **lines}, indent=2))
-    else:
-        print(machine())
-        if results:
-            print_table(results)
-        if rows:
-            print_rows(rows)
-    sys.exit(0 if all(r.ok for r in [*results, *rows]) else 1)
+    lines = read(args.report or [])
+    if not args.report:
+        only = {name for name in args.only.split(";") if name}
+        for line in measure(args.models.split(","), [int(b) for b in args.bits.split(",")], only, args.windows):
+            lines.append(line)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    if args.peers:
+        lines += read(sorted(args.peers.glob("*.jsonl")))
+    print(machine())
+    sys.exit(0 if report(lines) else 1)
 
 
 if __name__ == "__main__":

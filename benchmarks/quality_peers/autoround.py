@@ -26,9 +26,8 @@ def _quantize(
 
 
 METHODS = {
-    f"w{bits}g{group} {'sym' if symmetric else 'asym'}": partial(
-        _quantize, bits=bits, group=group, symmetric=symmetric
-    )
+    f"w{bits}g{group} {'sym' if symmetric else 'asym'}": partial(_quantize, bits=bits, group=group, symmetric=symmetric)
     for bits in (4, 3, 2)
     for group, symmetric in ((32, False), (64, False))
+    if group == 32 or bits == 2
 }

@@ -27,5 +27,6 @@ def _quantize(model: Any, ids: torch.Tensor, tokenizer: Any, bits: int, group: i
 
 METHODS = {
     f"w{bits}g{group} axis{axis}": partial(_quantize, bits=bits, group=group, axis=axis)
-    for bits, group, axis in ((8, 64, 1), (4, 64, 1), (4, 64, 0), (4, 32, 0), (3, 64, 1), (3, 64, 0), (3, 32, 0), (2, 64, 1), (2, 64, 0), (2, 32, 0))
-}  # fmt: skip
+    for bits in (8, 4, 3, 2)
+    for group, axis in ((64, 1), (64, 0), (32, 0))
+}
