@@ -34,20 +34,20 @@ LOSS_BAR, ERROR_BAR, PEER_BAR = 0.65, 0.6, 0.9
 BUDGETS = (4.63, 3.63, 2.63)  # what a peer of "about 4.5" bits may have: int4 asym g32 is 4.625
 
 # method -> (solver, transforms, grids by their bits); grids of integers unless told
-INTEGERS = ("uint{}-g32-asym",)
+INTEGERS = ("uint{}-g32-asym-f16",)
+K_QUANTS = ("q{}_k",)  # of 2, 3 and 4 bits
 METHODS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "rtn": ("rtn", (), ("int{}-g32-sym", *INTEGERS)),
     "mse": ("mse", (), INTEGERS),
     "mse_exact": ("mse_exact", (), INTEGERS),
-    "percentile": ("percentile", (), INTEGERS),
     "kl": ("kl", (), INTEGERS),
-    "histogram": ("histogram", (), INTEGERS),
     "hqq": ("hqq", (), INTEGERS),
     "kmeans": ("kmeans", (), ("codebook{levels}-tensor",)),
     "adaround": ("adaround", (), INTEGERS),
     "awq": ("awq", (), INTEGERS),
     "gptq": ("gptq", (), ("int{}-g32-sym", *INTEGERS)),
     "gptq_mse": ("gptq_mse", (), INTEGERS),
+    "gptq_refine": ("gptq_refine", (), (*INTEGERS, "uint{}-g64-asym-f16", *K_QUANTS)),
     "awq, gptq_mse": ("gptq_mse", ("awq",), INTEGERS),
 }
 
@@ -57,7 +57,8 @@ def cells(bits: list[int], only: set[str]) -> Iterator[tuple[str, str, str, tupl
     for number in bits:
         for name, (solver, transforms, grids) in METHODS.items():
             for grid in grids if not only or name in only else ():
-                yield name, grid.format(number, levels=2**number), solver, transforms
+                if number < 8 or grid not in K_QUANTS:
+                    yield name, grid.format(number, levels=2**number), solver, transforms
 
 
 @torch.no_grad()
@@ -112,7 +113,7 @@ def one(judge: Judge, method: str, grid: str, solver: str, transforms: tuple[str
     return judge.run("phiquant", method, make), model
 
 
-DATA_FREE = {"rtn", "mse_exact", "percentile", "kl", "histogram", "hqq"}
+DATA_FREE = {"rtn", "mse_exact", "kl", "hqq"}
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
