@@ -366,6 +366,19 @@ def test_solvers_give_the_codes_of_their_range(solver: str, text: str) -> None:
         pq.quantize_tensor(w, text, solver=solver)
 
 
+@pytest.mark.parametrize("text", ["int4-g32-sym", "uint4-g32-asym", "uint3-g32-min", "int4-channel-sym"])
+def test_kl_shares_a_threshold_among_small_blocks(text: str) -> None:
+    """A histogram of 32 values would cut nearly all of them off."""
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 1, 64)[:, None]
+    error = {s: (pq.quantize_tensor(w, text, s).dequantize() - w).square().mean() for s in ("kl", "rtn", "mse_exact")}
+    assert error["mse_exact"] <= error["kl"] < 2 * error["rtn"]
+    kl, rtn = (pq.quantize_tensor(w, text, s).scales for s in ("kl", "rtn"))
+    assert (kl.abs() <= rtn.abs() * (1 + 1e-6)).all()
+    w[3, 5] = math.inf
+    with pytest.raises(pq.PhiquantError, match=r"not finite.*index \[3, 5\]"):
+        pq.quantize_tensor(w, text, "kl")
+
+
 def test_parameters_are_those_of_the_range() -> None:
     observer = MinMaxObserver("uint8-tensor-asym")
     with pytest.raises(RuntimeError, match="seen no values"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,11 @@ from .. import ops
 from ..errors import PhiquantError
 from ..fake_quant import encode
 from ..observers import HistogramObserver, KLObserver, Observer, range_arguments
-from ..spec import QuantSpec
+from ..ops.blocks import channel_axis, to_blocks
+from ..spec import PerTensor, QuantSpec
 from ..tensor import QuantizedTensor
+
+_ENOUGH = 4096  # values of a block: with fewer than bins, hardly any bin holds more than one
 
 
 def percentile(w: Tensor, spec: QuantSpec, p: float = 99.9) -> QuantizedTensor:
@@ -22,8 +27,21 @@ def percentile(w: Tensor, spec: QuantSpec, p: float = 99.9) -> QuantizedTensor:
 
 
 def kl(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """The threshold of least KL divergence, TensorRT's form (`KLObserver`)."""
-    return _observed(w, KLObserver(spec))
+    """The threshold of least KL divergence, TensorRT's form (`KLObserver`).
+
+    A histogram of few values says nothing: blocks of fewer than 4096 values share one threshold, relative to the
+    largest magnitude of each, found on all values so scaled.
+    """
+    if spec.block_size(tuple(w.shape)) >= _ENOUGH:
+        return _observed(w, KLObserver(spec))
+    shape = spec.scale_shape(tuple(w.shape))
+    lo, hi = ops.min_max(w, shape)
+    size = torch.maximum(-lo, hi)
+    blocks = to_blocks(w.float(), channel_axis(w.shape, shape)).view(size.numel(), -1)
+    observer = KLObserver(dataclasses.replace(spec, granularity=PerTensor()))
+    observer(blocks / size.view(-1, 1).clamp(min=torch.finfo(torch.float32).tiny))
+    end = observer.range()[1].item() * size
+    return _encode(w, spec, torch.maximum(lo, -end), torch.minimum(hi, end))
 
 
 def histogram(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
