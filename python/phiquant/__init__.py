@@ -19,6 +19,7 @@ from . import (
     integer,
     ops,  # first: loads the compiled part, or says why it cannot
     qat,
+    sensitivity,
     testing,
 )
 from .codebook_linear import CodebookLinear
@@ -63,6 +64,7 @@ from .quantized_cache import quantized_cache
 from .recipe import Recipe
 from .repack import repack
 from .same_codes import same_codes
+from .search import search
 from .solvers import quantize_tensor
 from .spec import (
     IQ4NL,
@@ -164,6 +166,8 @@ __all__ = [
     "repack",
     "round_inputs",
     "same_codes",
+    "search",
+    "sensitivity",
     "share_weights",
     "spec",
     "target",

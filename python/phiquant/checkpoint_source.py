@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,19 +97,12 @@ class CheckpointSource:
                 f"{phi.HEAD} and {phi.EMBEDDING} share one weight, so a recipe must give them the same spec: "
                 f"{specs[phi.HEAD] or 'float'} and {specs[phi.EMBEDDING] or 'float'}"
             )
-        for name, shape in shapes.items():
-            module = name.removesuffix(".weight")
-            whole = {module: slice(0, shape[0] if shape else 1)}
-            split = phi.is_matrix(module) and module not in specs
-            for part, rows in (phi.fused_rows(config, module) if split else whole).items():
-                entry = f"{part}.weight" if split else name
-                spec = specs.get(part)
-                own = (rows.stop - rows.start, *shape[1:]) if split else shape
-                if spec is not None:
-                    _check_shape(entry, own, spec)
-                self._places[entry] = (name, rows.start)
-                origin = {"solver": self.solver} if spec is not None else None
-                yield Entry(entry, own, spec, float_dtype or self.checkpoint.dtype(name), origin)
+        origin = {"solver": self.solver}
+        for name, rows, entry in entries(config, specs, float_dtype or self.checkpoint.dtype, origin):
+            if entry.spec is not None:
+                _check_shape(entry.name, entry.shape, entry.spec)
+            self._places[entry.name] = (name, rows.start)
+            yield entry
 
     def _fingerprint(self) -> str:
         inputs = {
@@ -120,6 +113,27 @@ class CheckpointSource:
             "versions": [version("phiquant"), torch.__version__],
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def entries(
+    config: Mapping[str, Any],
+    specs: Mapping[str, QuantSpec | None],
+    dtype: FloatName | Callable[[str], FloatName],
+    origin: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, slice, Entry]]:
+    """What a file of the model of that config.json holds: (tensor, its rows, their entry), in the order of the model.
+
+    specs: of a resolved recipe: projections that are there by name stand in place of their fused weight.
+    dtype: of float tensors, or by their names. origin: of those with a spec.
+    """
+    for name, shape in phi.tensors(config):
+        module = name.removesuffix(".weight")
+        whole = {module: slice(0, shape[0] if shape else 1)}
+        split = phi.is_matrix(module) and module not in specs
+        for part, rows in (phi.fused_rows(config, module) if split else whole).items():
+            own = (rows.stop - rows.start, *shape[1:]) if split else shape
+            spec, kept = specs.get(part), dtype if isinstance(dtype, str) else dtype(name)
+            yield name, rows, Entry(f"{part}.weight" if split else name, own, spec, kept, origin if spec else None)
 
 
 def _read(what: Recipe | QuantSpec | Target | str, config: dict[str, Any]) -> tuple[Recipe, FloatName | None]:

@@ -37,7 +37,7 @@ class ModelSource:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, float_dtype: FloatName | None = None) -> None:
-        self.config: dict[str, Any] = _config(model)
+        self.config: dict[str, Any] = config_of(model)
         self.fingerprint = uuid.uuid4().hex  # nothing identifies a model in memory after its process ended
         self._parameters = {_entry_name(name): value for name, value in model.named_parameters()}
         self._codes = _codes(model)
@@ -50,7 +50,7 @@ class ModelSource:
         self.entries: Sequence[Entry] = [self._entry(name, float_dtype) for name in self._names()]
         self._refuse_strangers(model)
         self._temporary = tempfile.TemporaryDirectory(prefix="phiquant-")
-        self.tokenizer_dir: Path | None = _save_companions(model, tokenizer, Path(self._temporary.name))
+        self.tokenizer_dir: Path | None = save_companions(model, tokenizer, Path(self._temporary.name))
 
     def read(self, entry: Entry, rows: slice | None = None) -> QuantizedTensor | torch.Tensor:
         """See Source.read: views of the model's own tensors, nothing is copied."""
@@ -72,7 +72,7 @@ class ModelSource:
         codes = self._codes.get(name.removesuffix(".weight"))
         if codes is not None:
             return Entry(name, shape, codes.spec, origin=self._origins[name.removesuffix(".weight")] or None)
-        return Entry(name, shape, None, float_dtype or _narrowest(value.detach()))
+        return Entry(name, shape, None, float_dtype or narrowest(value.detach()))
 
     def _refuse_strangers(self, model: nn.Module) -> None:
         names = {entry.name for entry in self.entries}
@@ -88,7 +88,8 @@ def _entry_name(parameter: str) -> str:
     return f"{projection_name(module)}.{last}"
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config.json of a model in memory. PhiquantError if it has none, or is no Phi-3."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         raise PhiquantError(f"{type(model).__name__} has no transformers config; export takes a {phi.ARCHITECTURE}")
@@ -109,7 +110,8 @@ def _codes(model: nn.Module) -> dict[str, QuantizedTensor]:
     return codes
 
 
-def _narrowest(value: torch.Tensor) -> FloatName:
+def narrowest(value: torch.Tensor) -> FloatName:
+    """The narrowest dtype that holds the values exactly."""
     if value.dtype not in _NAMES:
         raise PhiquantError(f"a weight is {value.dtype}; export takes float32, float16 or bfloat16")
     if value.dtype == torch.float32:
@@ -119,7 +121,7 @@ def _narrowest(value: torch.Tensor) -> FloatName:
     return _NAMES[value.dtype]
 
 
-def _save_companions(model: nn.Module, tokenizer: Any, folder: Path) -> Path | None:
+def save_companions(model: nn.Module, tokenizer: Any, folder: Path) -> Path | None:
     """Tokenizer and generation settings as save_pretrained writes them. None without a tokenizer."""
     if tokenizer is None:
         return None

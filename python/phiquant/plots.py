@@ -128,6 +128,33 @@ def bars(values: Mapping[str, float], reference: float | None = None, label: str
     return _clean(axes)
 
 
+def size_against_loss(
+    frontier: Sequence[tuple[float, float]],
+    points: Mapping[str, tuple[float, float]],
+    chosen: Mapping[str, tuple[float, float]] | None = None,
+    ax: Any = None,
+) -> Any:
+    """Sizes in bytes against losses, on a logarithmic scale: a line through `frontier`, and named points.
+
+    chosen: points that stand out, such as the recipe that search() found. Returns the axes.
+    """
+    axes = _axes(ax, (9, 4))
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if frontier[-1][0] >= u)
+    drawn = [(size / unit, loss) for size, loss in frontier if loss > 0]
+    axes.plot(*zip(*drawn, strict=True), color=CODES_COLOR, lw=1.4, label="best recipes, predicted", zorder=1)
+    for label, (size, loss) in points.items():
+        axes.plot(size / unit, loss, "o", color=FLOAT_COLOR, ms=6, zorder=2)
+        axes.annotate(label, (size / unit, loss), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    for i, (label, (size, loss)) in enumerate((chosen or {}).items()):
+        color = CYCLE[1 + i % (len(CYCLE) - 1)]
+        axes.plot(size / unit, loss, "D", color=color, ms=7, label=label, ls="", zorder=3)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"size, {name}")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False)
+    return _clean(axes)
+
+
 def levels(lines: Mapping[str, Sequence[float]], ax: Any = None) -> Any:
     """A number line per element: its finite levels (such as `pq.Float("e2m1").levels`), each divided by the largest.
 

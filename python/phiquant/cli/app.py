@@ -17,6 +17,7 @@ from .inspect import inspect
 from .plan import plan
 from .qat import qat
 from .quantize import quantize
+from .search import search
 from .targets import targets
 from .verify import verify
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "targets": targets,
     "plan": plan,
+    "search": search,
     "quantize": quantize,
     "qat": qat,
     "export": export,

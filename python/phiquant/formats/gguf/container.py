@@ -48,6 +48,11 @@ class TensorInfo:
             values *= n
         return values // self.type.block * self.type.block_bytes
 
+    def line(self, offset: int) -> bytes:
+        """What the table of tensors says of it."""
+        dims = self.shape[::-1]  # GGUF counts dimensions from the innermost
+        return _string(self.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, self.type.id, offset)
+
 
 class Metadata:
     """Key-value pairs in the order they are put, encoded at once. A key may come only once."""
@@ -102,8 +107,7 @@ def header(metadata: Metadata, tensors: Sequence[TensorInfo]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata)), metadata.encode()]
     offset = 0
     for t in tensors:
-        dims = t.shape[::-1]  # GGUF counts dimensions from the innermost
-        parts += [_string(t.name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, t.type.id, offset)]
+        parts.append(t.line(offset))
         offset = padded(offset + t.nbytes)
     encoded = b"".join(parts)
     return encoded.ljust(padded(len(encoded)), b"\0")

@@ -6,7 +6,7 @@ The writer packs the codes it is given; float tensors are stored as the recipe s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from .. import receipt
 from ..partial import PartialFile
 from ..source import Entry, Progress, Source, row_slices
 from . import metadata as gguf_metadata
-from .container import ALIGNMENT, Metadata, TensorInfo, header
+from .container import ALIGNMENT, Metadata, TensorInfo, header, padded
 from .names import gguf_name
 from .pack import pack, pack_float
 from .tokenizer import model_name, put_vocabulary, read_vocabulary
@@ -97,6 +97,11 @@ def sizes(source: Source, ternary: Ternary = "TQ2_0") -> dict[str, int]:
     head, _ = _header(source, rope, stored)
     lengths = [s.info.nbytes for s in stored]
     return {FILE: PartialFile(Path(FILE), head, [s.info.name for s in stored], lengths, "", align=ALIGNMENT).size}
+
+
+def nbytes(entry: Entry, config: Mapping[str, Any]) -> int:
+    """What the entry adds to the file: its bytes, padded, and its line in the table of tensors."""
+    return sum(padded(stored.info.nbytes) + len(stored.info.line(0)) for stored in _place(entry))
 
 
 def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
@@ -183,4 +188,4 @@ class _Writing:
         return receipt.tensor_record(entry, kind.name, FILE, digests, dtype=dtype, exact=self._exact)
 
 
-__all__ = ["FILE", "check", "encode", "sizes", "storage_type", "write"]
+__all__ = ["FILE", "check", "encode", "nbytes", "sizes", "storage_type", "write"]

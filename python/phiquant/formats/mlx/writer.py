@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ def sizes(source: Source) -> dict[str, int]:
     return folder.sizes(source, _layout(source))
 
 
+def nbytes(entry: Entry, config: Mapping[str, Any]) -> int:
+    """What the entry adds to the files of weights, its line in their header excepted. PhiquantError as of check()."""
+    return sum(part.nbytes for part in MLX(config, [entry]).parts(entry))
+
+
 def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
     """The bytes of one entry, as write() stores them."""
     return folder.encode(source, entry, _layout(source))
@@ -37,4 +42,4 @@ def _layout(source: Source, long_factors: str = "long") -> MLX:
     return MLX(source.config, source.entries, long_factors)
 
 
-__all__ = ["check", "encode", "sizes", "write"]
+__all__ = ["check", "encode", "nbytes", "sizes", "write"]

@@ -22,7 +22,7 @@ BITS = {
     "float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "int32": 32, "int16": 16, "uint16": 16, "bool": 8,
     "int8": 8, "uint8": 8, "int4": 4, "uint4": 4, "int2": 2, "uint2": 2,
 }  # fmt: skip
-_PAGE, _LINE = 4096, 64  # tensors of a page and more begin at a page, so that they can be mapped; others at a line
+PAGE, LINE = 4096, 64  # tensors of a page and more begin at a page, so that they can be mapped; others at a line
 MICROSOFT = "com.microsoft"
 PRODUCER = "phiquant"
 
@@ -56,7 +56,7 @@ class DataFile:
         """Reserve room for the tensor `name` behind all others. A unit is placed without another in between."""
         if unit in self.units and unit != next(reversed(self.units)):
             raise ValueError(f"{unit} is placed in two pieces")
-        gap = -self._end % (_PAGE if nbytes(dtype, shape) >= _PAGE else _LINE)
+        gap = -self._end % (PAGE if nbytes(dtype, shape) >= PAGE else LINE)
         placed = Placed(name, dtype, tuple(shape), self._end + gap, gap)
         self.units.setdefault(unit, []).append(placed)
         self._end = placed.offset + placed.nbytes

@@ -23,7 +23,7 @@ from .. import companions, receipt
 from ..partial import write_atomically
 from ..source import Entry, Progress, Source
 from . import weights as onnx_weights
-from .file import DataFile, Placed
+from .file import LINE, PAGE, DataFile, Placed
 from .genai import genai_config, tokenizer_config
 from .graph import Decoder
 from .rotary import rotary_tables
@@ -146,6 +146,13 @@ def sizes(
     return made | {path.name: path.stat().st_size for path in plan.copies()}
 
 
+def nbytes(entry: Entry, config: Mapping[str, Any]) -> int:
+    """What the entry adds to the file of weights, with the gaps before large tensors."""
+    table = entry.module == phi.EMBEDDING
+    placed = onnx_weights.place(entry, onnx_weights.layout(entry, "genai", table), DataFile(DATA)).parts.values()
+    return sum(part.nbytes + -part.nbytes % (PAGE if part.nbytes >= PAGE else LINE) for part in placed)
+
+
 def encode(source: Source, entry: Entry, form: Form = "genai") -> Iterator[Any]:
     """The bytes of one entry, as write() stores them."""
     weight = onnx_weights.place(entry, onnx_weights.layout(entry, form, entry.module == phi.EMBEDDING), DataFile(DATA))
@@ -162,4 +169,4 @@ def _write_small(out: Path, plan: _Plan) -> list[str]:
     return [FILE, *texts, *companions.copy(plan.copies(), out)]
 
 
-__all__ = ["DATA", "FILE", "GENAI", "check", "encode", "sizes", "write"]
+__all__ = ["DATA", "FILE", "GENAI", "check", "encode", "nbytes", "sizes", "write"]

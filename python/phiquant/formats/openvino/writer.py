@@ -6,7 +6,7 @@ computed with. Codes stay as they are: the graph decodes them, and the plugins k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from ...models import phi
 from .. import receipt
 from ..partial import PartialFile
 from ..source import Entry, Progress, Source
+from . import layout
 from .folder import small_files, write_small
 from .graph import build
 from .ir import serialize
-from .layout import ALIGNMENT, nbytes, problem
+from .layout import ALIGNMENT, problem
 from .weights import Encoding
 
 XML, BIN = "openvino_model.xml", "openvino_model.bin"
@@ -68,6 +69,13 @@ def sizes(source: Source) -> dict[str, int]:
     return {BIN: _weights(source, Path(), head).size, XML: len(xml), **small}
 
 
+def nbytes(entry: Entry, config: Mapping[str, Any]) -> int:
+    """What the entry adds to openvino_model.bin, padded. PhiquantError as of check()."""
+    check(entry)
+    size = layout.nbytes(entry)
+    return size + -size % ALIGNMENT
+
+
 def encode(source: Source, entry: Entry) -> Iterator[bytes | memoryview]:
     """The bytes of one entry, as write() stores them."""
     return Encoding(source, entry).buffers()
@@ -83,5 +91,5 @@ def _graph(source: Source) -> tuple[bytes, bytes]:
 
 def _weights(source: Source, out: Path, head: bytes) -> PartialFile:
     names = [entry.name for entry in source.entries]
-    lengths = [nbytes(entry) for entry in source.entries]
+    lengths = [layout.nbytes(entry) for entry in source.entries]
     return PartialFile(out / BIN, head, names, lengths, source.fingerprint, align=ALIGNMENT)

@@ -6,7 +6,7 @@ phiquant. The writer packs the codes it is given; layout.py says how and where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ def sizes(source: Source, *, activations: QuantSpec | str | None = None) -> dict
     return folder.sizes(source, _layout(source, activations))
 
 
+def nbytes(entry: Entry, config: Mapping[str, Any]) -> int:
+    """What the entry adds to the files of weights, its line in their header excepted. PhiquantError as of check()."""
+    return sum(part.nbytes for part in CompressedTensors(config, [entry]).parts(entry))
+
+
 def encode(source: Source, entry: Entry) -> Iterator[memoryview]:
     """The bytes of one entry, as write() stores them."""
     return folder.encode(source, entry, _layout(source))
@@ -46,4 +51,4 @@ def _layout(source: Source, activations: QuantSpec | str | None = None) -> Compr
     return CompressedTensors(source.config, source.entries, None if activations is None else read_spec(activations))
 
 
-__all__ = ["check", "encode", "sizes", "write"]
+__all__ = ["check", "encode", "nbytes", "sizes", "write"]
