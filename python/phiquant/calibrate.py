@@ -2,7 +2,8 @@
 
 One loop for a model in memory and for a checkpoint on disk (calibration_layers.py). Beside what gives the layers,
 memory holds one decoder layer in float32, one matrix and its statistics, and the activations between two layers;
-with offload, those of some windows. T = tokens in a window, D = hidden size.
+with offload, those of some windows. Solvers that follow the float model need layer and activations twice.
+T = tokens in a window, D = hidden size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .evaluate import windows
 from .formats.receipt import version
 from .models import phi
 from .ranks import ALONE, Ranks
-from .solvers import quantize_tensor
+from .solvers import FOLLOWS_FLOAT, quantize_tensor
 from .spec import Codebook, QuantSpec
 from .statistics import Statistics
 from .tensor import QuantizedTensor
@@ -110,17 +111,21 @@ def calibrate(
         return solved
     rows, width = layers.shape(phi.EMBEDDING)
     label = f"activations-{solved.fingerprint[:12]}"
-    activations = Activations((*ids.shape, width), folder if offload else None, label, layers.device, ranks)
+    place, beside = folder if offload else None, solver in FOLLOWS_FLOAT
+    activations = Activations((*ids.shape, width), place, label, layers.device, ranks, beside_float=beside)
     if activations.at > unsolved[0]:
         activations.forget()
     if activations.at < 0:
         activations.replace(embedded(run.table, rows, ids))
+        if activations.exact is not None:
+            activations.exact.replace(embedded(_float_table(layers), rows, ids))
     activations.arguments = layers.arguments(activations.read(slice(0, 1)))
     run.done += sum(map(len, stages[: activations.at]))
     for index in range(activations.at, min(unsolved[-1] + 1, layers.count)):
-        work = run.decoder(index, parts[index], activations)
+        exact = layers.decoder(index) if activations.exact is not None else None
+        work = run.decoder(index, parts[index], activations, exact)
         if index < unsolved[-1]:
-            activations.advance(work)
+            activations.advance(work, exact)
     if solved.missing(phi.HEAD) if phi.HEAD in specs else ():
         run.solve(phi.HEAD, head_statistics(layers, activations))
     activations.forget()
@@ -140,13 +145,18 @@ def table_statistics(
     label = f"float-{hashlib.sha256(layers.identity.encode() + ids.numpy().tobytes()).hexdigest()[:12]}"
     activations = Activations((*ids.shape, width), folder, label, layers.device, ranks)
     if activations.at < 0:
-        activations.replace(embedded(lambda part: layers.weight(phi.EMBEDDING, part).float().cpu(), rows, ids))
+        activations.replace(embedded(_float_table(layers), rows, ids))
     flow(layers, activations, progress)
     statistics = head_statistics(layers, activations)
     activations.forget()
     diagonal = statistics.moments.diagonal()
     diagonal += _AS_INPUT * diagonal.mean()
     return statistics
+
+
+def _float_table(layers: Layers) -> Callable[[slice], Tensor]:
+    """Rows of the embedding as it is, float32."""
+    return lambda rows: layers.weight(phi.EMBEDDING, rows).float().cpu()
 
 
 def flow(layers: Layers, activations: Activations, progress: Progress | None) -> None:
@@ -162,7 +172,7 @@ def head_statistics(layers: Layers, activations: Activations) -> Statistics:
     """Of the final norm's output, when all decoder layers are behind."""
     activations.arguments = {}
     seen = nn.Sequential(layers.norm(), nn.Identity())
-    return activations.statistics(seen, seen[1], activations.shape[2])
+    return activations.statistics(seen, seen[1], activations.shape[2], (seen, seen[1]))
 
 
 def told(name: str, spec: QuantSpec, solver: str, ids: Tensor, tied: bool) -> dict[str, Any]:
@@ -207,8 +217,13 @@ class Run:
             return self.solved.read(phi.EMBEDDING, rows).dequantize()
         return self.layers.weight(phi.EMBEDDING, rows).float().cpu()
 
-    def decoder(self, index: int, parts: Mapping[str, Sequence[str]], activations: Activations) -> nn.Module:
-        """The decoder layer with the values of its codes, those that are missing solved in the order of its program."""
+    def decoder(
+        self, index: int, parts: Mapping[str, Sequence[str]], activations: Activations, exact: nn.Module | None = None
+    ) -> nn.Module:
+        """The decoder layer with the values of its codes, those that are missing solved in the order of its program.
+
+        exact: the layer as it is, for a solver that follows the float model.
+        """
         prefix = f"model.layers.{index}."
         work = self.layers.decoder(index)
         weights = {
@@ -225,7 +240,8 @@ class Run:
             statistics = None
             if any(map(self.solved.missing, names)):
                 linear = work.get_submodule(part)
-                statistics = activations.statistics(work, linear, self.layers.shape(names[0])[1])
+                beside = None if exact is None else (exact, exact.get_submodule(part))
+                statistics = activations.statistics(work, linear, self.layers.shape(names[0])[1], beside)
             for name in names:
                 self.solve(name, statistics)
                 weights[name].copy_(self.solved.read(name).dequantize())

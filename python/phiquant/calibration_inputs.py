@@ -30,16 +30,27 @@ class Activations:
     arguments: what layers are called with besides.
     ranks: processes that share the forwards; each holds all activations, or finds them in the folder, which rank 0
         writes.
+    exact: with `beside_float`, the same of the float model.
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], folder: Path | None, label: str, device: torch.device, ranks: Ranks = ALONE
+        self,
+        shape: tuple[int, int, int],
+        folder: Path | None,
+        label: str,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        *,
+        beside_float: bool = False,
     ) -> None:
         self.shape, self.folder, self.label, self.device, self.ranks = shape, folder, label, device, ranks
         self.arguments: dict[str, Any] = {}
         self.at = max((index for index, path in self._files() if path.stat().st_size == self.nbytes), default=-1)
         self._memory = torch.empty(shape if folder is None else 0)
+        self.exact = Activations(shape, folder, f"beside-{label}", device, ranks) if beside_float else None
         self.ranks.wait()  # all have looked, before the first writes
+        if self.exact is not None and self.exact.at != self.at:  # killed between the two
+            self.forget()
 
     @property
     def nbytes(self) -> int:
@@ -82,42 +93,59 @@ class Activations:
             if index != self.at + 1:
                 path.unlink()
 
-    def advance(self, layer: nn.Module) -> None:
-        """Replace the activations by the layer's output."""
+    def advance(self, layer: nn.Module, exact_layer: nn.Module | None = None) -> None:
+        """Replace the activations by the layer's output, those of the float model by that of its layer."""
         self.replace(lambda batch: self.call(layer, self.read(batch)))
+        if (exact := self.exact) is not None and exact_layer is not None:
+            exact.replace(lambda batch: self.call(exact_layer, exact.read(batch)))
 
     def call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         result = layer(hidden, **self.arguments)
         return result[0] if isinstance(result, tuple) else result
 
-    def statistics(self, layer: nn.Module, linear: nn.Module, features: int) -> Statistics:
-        """Statistics of the input that `linear`, inside `layer` or the layer itself, gets from these windows."""
+    def statistics(
+        self, layer: nn.Module, linear: nn.Module, features: int, exact: tuple[nn.Module, nn.Module] | None = None
+    ) -> Statistics:
+        """Statistics of the input that `linear`, inside `layer` or the layer itself, gets from these windows.
+
+        exact: (layer, linear) of the float model, whose inputs are then compared.
+        """
         seen = Statistics(features, device=self.device, ranks=self.ranks)
+
+        def inputs(batch: slice) -> Tensor:
+            x = self._input(layer, linear, self.read(batch))
+            if self.exact is None or exact is None:
+                return x[None]
+            return torch.stack([x, self._input(*exact, self.exact.read(batch))])
+
+        for _, both in self.ranks.in_turn(self._batches(), inputs, self.device):
+            seen.update(*both)
+        seen.complete()
+        return seen
+
+    def _input(self, layer: nn.Module, linear: nn.Module, hidden: Tensor) -> Tensor:
+        """What `linear` gets where `layer` takes `hidden`."""
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             caught.append(arguments[0])
             raise Stop
 
-        def inputs(batch: slice) -> Tensor:
-            with suppress(Stop):
-                layer(self.read(batch), **self.arguments)
-            return caught.pop()
-
         hook = linear.register_forward_pre_hook(catch)
         try:
-            for _, x in self.ranks.in_turn(self._batches(), inputs, self.device):
-                seen.update(x)
+            with suppress(Stop):
+                layer(hidden, **self.arguments)
         finally:
             hook.remove()
-        seen.complete()
-        return seen
+        return caught[0]
 
     def forget(self) -> None:
         """Start anew: no layer has its inputs."""
         self.at = -1
         for _, path in self._files() if self.ranks.first else ():
             path.unlink()
+        if self.exact is not None:
+            self.exact.forget()
 
     def _batches(self) -> list[slice]:
         return [slice(start, start + _BATCH) for start in range(0, self.shape[0], _BATCH)]

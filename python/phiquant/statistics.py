@@ -20,6 +20,7 @@ class Statistics:
 
     moments: [K, K] sum of x x^T in `dtype`; `hessian` completes what lies below its diagonal strips.
     abs_sum: float64 [K] sum of |x|. abs_max: float32 [K] largest |x|. tokens: how many were seen.
+    drift: [K, K] sum of (f - x) x^T, f what the float model has where this one has x; None unless `update` was told.
     dtype: float32, or float64, which is slower and for data sets of very many tokens.
     ranks: processes that all show the same tokens in the same order; each sums some strips of the moments, and
         `complete` brings these together: to the bit what one process sums.
@@ -37,6 +38,7 @@ class Statistics:
         self.moments = torch.zeros(features, features, dtype=dtype, device=device)
         self.abs_sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.abs_max = torch.zeros(features, device=device)
+        self.drift: Tensor | None = None
         self.tokens = 0
         self.ranks = ranks
         self._mirrored = False
@@ -46,8 +48,11 @@ class Statistics:
         return len(self.abs_max)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take in the tokens x [..., K]. An empty tensor changes nothing."""
+    def update(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take in the tokens x [..., K]. An empty tensor changes nothing.
+
+        exact: what the float model has in their place; given for all tokens or for none.
+        """
         if x.shape[-1] != self.features:
             raise ValueError(f"these statistics are of {self.features} inputs, the tensor has {x.shape[-1]}")
         rows = x.detach().reshape(-1, self.features).to(self.moments)
@@ -56,6 +61,9 @@ class Statistics:
         mine = range(_STRIP * self.ranks.rank, self.features, _STRIP * self.ranks.world)
         for start in mine:  # x^T x is symmetric: nearly half of it need not be computed
             self.moments[start : start + _STRIP, start:].addmm_(rows[:, start : start + _STRIP].T, rows[:, start:])
+        if exact is not None:
+            self.drift = torch.zeros_like(self.moments) if self.drift is None else self.drift
+            self.drift.addmm_((exact.detach().reshape(rows.shape).to(rows) - rows).T, rows)
         size = rows.abs()
         self.abs_sum += size.sum(0, dtype=torch.float64)
         self.abs_max = torch.maximum(self.abs_max, size.amax(0).float())
@@ -66,7 +74,12 @@ class Statistics:
         """Take in what `other` has seen, as if it had been seen here."""
         if other.features != self.features:
             raise ValueError(f"statistics of {other.features} inputs cannot be merged into those of {self.features}")
+        if (self.drift is None) != (other.drift is None) and self.tokens and other.tokens:
+            raise ValueError("of these statistics one knows the float model's inputs, the other does not")
         self.moments += other.moments.to(self.moments)
+        if other.drift is not None:
+            drift = other.drift.to(self.moments)
+            self.drift = drift.clone() if self.drift is None else self.drift + drift
         self.abs_sum += other.abs_sum.to(self.abs_sum)
         self.abs_max = torch.maximum(self.abs_max, other.abs_max.to(self.abs_max))
         self.tokens += other.tokens
@@ -82,7 +95,7 @@ class Statistics:
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Merge the statistics of all processes of torch.distributed's `group`, in each of them."""
         tokens = torch.tensor(self.tokens, device=self.moments.device)
-        for total in (self.moments, self.abs_sum, tokens):
+        for total in (self.moments, self.abs_sum, tokens, *(() if self.drift is None else (self.drift,))):
             torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(self.abs_max, torch.distributed.ReduceOp.MAX, group)
         self.tokens = int(tokens)

@@ -19,7 +19,8 @@ TYPES = {
     "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
     "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210), "IQ4_NL": (20, 32, 18), "IQ4_XS": (23, 256, 136), "TQ1_0": (34, 256, 54),
-    "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36),
+    "TQ2_0": (35, 256, 66), "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36), "IQ2_S": (22, 256, 82),
+    "IQ3_S": (21, 256, 110),
 }  # fmt: skip
 
 
@@ -28,9 +29,12 @@ def decode(jobs: Sequence[tuple[str, np.ndarray]]) -> list[np.ndarray]:
     return _run([("decode", kind, blocks) for kind, blocks in jobs])
 
 
-def quantize(jobs: Sequence[tuple[str, np.ndarray]]) -> list[np.ndarray]:
-    """Values float32 [rows, columns] to the bytes [rows, bytes of a row] that llama.cpp's quantizer makes of them."""
-    return _run([("quantize", kind, values) for kind, values in jobs])
+def quantize(jobs: Sequence[tuple[str, np.ndarray] | tuple[str, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Values float32 [rows, columns] to the bytes [rows, bytes of a row] that llama.cpp's quantizer makes of them.
+
+    With a third part, float32 [columns]: the importance matrix of the tensor.
+    """
+    return _run([("quantize", *job) for job in jobs])
 
 
 def _run(jobs: list[Any]) -> list[np.ndarray]:
@@ -50,7 +54,7 @@ def _decode(library: Any, kind: str, blocks: np.ndarray) -> np.ndarray:
     return out
 
 
-def _quantize(library: Any, kind: str, values: np.ndarray) -> np.ndarray:
+def _quantize(library: Any, kind: str, values: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     number, block, size = TYPES[kind]
     x = np.ascontiguousarray(values, np.float32)
     out = np.zeros((len(x), x.shape[1] // block * size), np.uint8)
@@ -58,7 +62,9 @@ def _quantize(library: Any, kind: str, values: np.ndarray) -> np.ndarray:
     call.restype = ctypes.c_size_t
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in (x, out)]
     sizes = [ctypes.c_int64(n) for n in (0, *x.shape)]
-    assert call(ctypes.c_int(number), *pointers, *sizes, None) == out.size
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    last = None if weights is None else ctypes.c_void_p(weights.ctypes.data)
+    assert call(ctypes.c_int(number), *pointers, *sizes, last) == out.size
     return out
 
 

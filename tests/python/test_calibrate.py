@@ -155,6 +155,37 @@ def test_activations_on_disk_give_the_same_codes(tiny_model: Any, ids: torch.Ten
         pq.quantize(tiny_model, SPEC, "gptq", calibration=ids, offload=True)
 
 
+def test_a_solver_that_follows_the_float_model_sees_both(
+    tiny_model: Any, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gptq_refine is told how inputs drifted from the float model's; stopped, with activations on disk: the same."""
+    told: dict[str, Any] = {}
+
+    def solve(w: torch.Tensor, spec: Any, solver: str, name: str, *rest: Any) -> Any:
+        told.update({name: rest[-1]} if rest else {})
+        return pq.quantize_tensor(w, spec, solver, name, *rest)
+
+    recipe = pq.Recipe({"lm_head": SPEC, "*embed_tokens": SPEC}, SPEC)
+    monkeypatch.setattr("phiquant.calibrate.quantize_tensor", solve)
+    model = pq.quantize(copy.deepcopy(tiny_model), recipe, "gptq_refine", calibration=ids)
+    whole, name = digests(model), "model.layers.1.mlp.down_proj"
+    seen = told[f"{name}.weight"]
+    caught: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for which, one in ((True, tiny_model), (False, model)):
+        one.get_submodule(name).register_forward_pre_hook(lambda _, x, at=which: caught[at].append(x[0].flatten(0, 1)))
+        one(ids, use_cache=False)
+    exact, x = (torch.cat(caught[which]).detach().double() for which in (True, False))
+    drift = (exact - x).T @ x
+    assert (seen.drift - drift).abs().max() < 1e-3 * drift.abs().max()
+    assert told["lm_head.weight"].drift is not None
+    with pytest.raises(_Interrupt):
+        pq.quantize(tiny_model, recipe, "gptq_refine", stop_at(name), calibration=ids, folder=tmp_path, offload=True)
+    assert len(list(tmp_path.glob("beside-*.bin"))) == 1
+    pq.quantize(tiny_model, recipe, "gptq_refine", calibration=ids, folder=tmp_path, offload=True)
+    assert digests(tiny_model) == whole
+    assert not list(tmp_path.glob("*.bin"))
+
+
 @torch.no_grad()
 def test_a_tied_embedding_and_head_share_codes_weighed_by_the_heads_inputs(
     make_phi3: Callable[..., Any], ids: torch.Tensor

@@ -117,3 +117,22 @@ def test_awkward_inputs() -> None:
     w[2, 7] = float("nan")
     with pytest.raises(PhiquantError, match=r"proj holds 1 value\(s\) .* at index \[2, 7\]"):
         quantize_tensor(w, "int4-g32-sym", "gptq_refine", name="proj", statistics=seen(gaussian(200, 64)))
+
+
+def test_what_layers_before_did_to_the_inputs_is_made_up_for() -> None:
+    """Told of the float model's inputs, the output is nearer to W times those; by less than least squares allows."""
+    exact, w = correlated(1500, 64), gaussian(16, 64, seed=5)
+    x = exact + 0.2 * exact.roll(1, dims=1) + 0.05 * gaussian(1500, 64, seed=9)
+    told = Statistics(64)
+    told.update(x, exact)
+    wanted = exact.double() @ w.double().T
+    errors = [
+        (wanted - x.double() @ quantize_tensor(w, "int4-g32-sym", "gptq_refine", statistics=s).dequantize().double().T)
+        .square()
+        .sum()
+        .item()
+        for s in (seen(x), told)
+    ]
+    best = np.linalg.lstsq(x.double().numpy(), wanted.numpy(), rcond=None)[0]
+    least = np.square(wanted.numpy() - x.double().numpy() @ best).sum()
+    assert least < errors[1] < 0.3 * errors[0]

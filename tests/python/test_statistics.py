@@ -74,6 +74,23 @@ def test_merge() -> None:
     assert parts[0].tokens == 40
 
 
+def test_drift_from_the_float_model() -> None:
+    """Equal to numpy; merged; refused where one part knows it and the other does not."""
+    x, exact = inputs(40, 16), inputs(40, 16, seed=1)
+    parts = [Statistics(16), Statistics(16)]
+    for part, rows in zip(parts, (slice(0, 25), slice(25, 40)), strict=True):
+        part.update(x[rows], exact[rows])
+    parts[0].merge(parts[1])
+    expected = (exact - x).double().numpy().T @ x.double().numpy()
+    assert parts[0].drift is not None
+    assert np.abs(parts[0].drift.numpy() - expected).max() < 1e-4
+    plain = Statistics(16)
+    plain.update(x)
+    assert plain.drift is None
+    with pytest.raises(ValueError, match="the other does not"):
+        parts[0].merge(plain)
+
+
 def _rank(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)

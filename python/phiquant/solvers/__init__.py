@@ -57,6 +57,7 @@ SOLVERS: dict[str, Solver] = {
     "gptq_refine": gptq_refine,
 }
 NEEDS_STATISTICS = frozenset({"adaround", "gptq", "gptq_mse", "gptq_refine"})
+FOLLOWS_FLOAT = frozenset({"gptq_refine"})  # make up for what the layers before a layer did to its inputs
 DATA_FREE = frozenset({"rtn", "mse_exact", "percentile", "kl", "histogram"})  # statistics change nothing
 
 

@@ -39,12 +39,13 @@ def gptq_refine(
     (per tensor, several rows, columns; the upper scale of NVFP4) stay as mse found them. A layer that saw too few
     tokens gets the nearest codes, with gptq's warning. Runs on the CPU; the result is on w's device.
     """
-    start = gptq(w.cpu(), spec, statistics, grid="mse")
+    where, w = w.device, _followed(w.cpu(), statistics)
+    start = gptq(w, spec, statistics, grid="mse")
     assert statistics is not None  # gptq refuses
     hessian = statistics.hessian.cpu().float()
     mean = hessian.diagonal().mean()
     if not w.numel() or starved(statistics) or mean <= 0 or not bool(torch.isfinite(w).all()):
-        return on(start, w.device)
+        return on(start, where)
     hessian = hessian / mean
     hessian.diagonal().add_(_DAMPING)
     apart = spec.scale_shape(tuple(w.shape))[0] == len(w)
@@ -52,8 +53,21 @@ def gptq_refine(
     parts = []
     for first in range(0, len(w), step):
         rows = slice(first, first + step)
-        parts.append(_Rows(w[rows].cpu().float(), _part(start, rows), hessian, apart).refined(rounds))
-    return on(_joined(start, parts), w.device)
+        parts.append(_Rows(w[rows].float(), _part(start, rows), hessian, apart).refined(rounds))
+    return on(_joined(start, parts), where)
+
+
+def _followed(w: Tensor, statistics: Statistics | None) -> Tensor:
+    """The weight that makes of the layer's inputs X what `w` makes of the float model's F, by least squares.
+
+    W' = W + W (F - X) X^T (X X^T + damping)^-1: arXiv 2504.02692's correction of what the layers before have done.
+    """
+    if statistics is None or statistics.drift is None or starved(statistics) or not w.numel():
+        return w
+    hessian = statistics.hessian.cpu().double()
+    hessian = hessian + _DAMPING * hessian.diagonal().mean().clamp(min=1e-30) * torch.eye(len(hessian))
+    correction = torch.linalg.solve(hessian, statistics.drift.cpu().double().T).T
+    return (w.double() + w.double() @ correction).float()
 
 
 def _part(whole: QuantizedTensor, rows: slice) -> QuantizedTensor:
