@@ -7,7 +7,7 @@ program); the same code scores them. T = tokens in a window, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import protocols
 from .errors import PhiquantError
+from .protocols import Protocol, Window, consecutive
 from .quantized_cache import quantized_cache
 from .spec import QuantSpec
 
 Logits = torch.Tensor | np.ndarray
+Rows = list[list[int]] | Protocol
 _CHUNK = 1 << 24  # logits turned into log-probabilities at a time: 64 MiB in float32
 
 
@@ -35,6 +38,17 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class WordPerplexity(Perplexity):
+    """As lm-eval counts: exp of the nats of all documents over their words and over their bytes; bits of a byte."""
+
+    word_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
+    words: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,74 +78,85 @@ def windows(tokenizer: Any, text: str, window: int = 512, limit: int | None = No
 
     No token is put in front. What is left over at the end is dropped, unless it is all there is.
     """
-    if window < 2:
-        raise PhiquantError(f"a window has at least 2 tokens (the first is not scored), not {window}")
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if len(ids) < 2:
-        raise PhiquantError(f"the text has {len(ids)} token(s); at least 2 are needed to score one")
-    if len(ids) < window:
-        return [ids]
-    rows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
-    return rows[:limit]
+    return protocols.protocol("window", tokenizer, text, window, limit=limit).rows
 
 
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Sequence[str],
     window: int = 512,
     limit: int | None = None,
     cache: str | QuantSpec | None = None,
+    *,
+    protocol: str = "window",
+    stride: int | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model (transformers' interface) on `text`, by the protocol it returns.
 
+    protocol: "window", "llama.cpp" or "words" (`phiquant.protocols`, docs/perplexity.md); "words" gives a
+        WordPerplexity, and takes several documents. stride: of "window", tokens between two windows.
     cache: the grid of keys and values (see `model_logits`).
     """
-    rows = windows(tokenizer, text, window, limit)
-    return perplexity_from_logits(rows, model_logits(model, rows, cache))
+    rows = protocols.protocol(protocol, tokenizer, text, window, stride, limit)
+    return perplexity_from_logits(rows, model_logits(model, rows.rows, cache))
 
 
 def compare(
     model: Any,
     reference: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Sequence[str],
     window: int = 512,
     limit: int | None = None,
     cache: str | QuantSpec | None = None,
+    *,
+    protocol: str = "window",
+    stride: int | None = None,
 ) -> Comparison:
-    """How far `model` is from `reference` (usually the float model) on `text`.
+    """How far `model` is from `reference` (usually the float model) on what the protocol scores of `text`.
 
     cache: the grid of the model's keys and values (see `model_logits`); those of the reference stay as they are.
     """
-    rows = windows(tokenizer, text, window, limit)
-    return compare_logits(rows, model_logits(model, rows, cache), model_logits(reference, rows))
+    rows = protocols.protocol(protocol, tokenizer, text, window, stride, limit)
+    return compare_logits(rows, model_logits(model, rows.rows, cache), model_logits(reference, rows.rows))
 
 
-def perplexity_from_logits(rows: list[list[int]], logits: Iterable[Logits]) -> Perplexity:
+def perplexity_from_logits(rows: Rows, logits: Iterable[Logits]) -> Perplexity:
     """Perplexity from given logits: one [T, V] array, torch or numpy, per window of `rows`."""
+    rows = _known(rows)
     total, tokens = 0.0, 0
-    for ids, values in _pairs(rows, logits):
-        for start, part in _log_softmax(values[:-1]):
-            targets = torch.tensor(ids[start + 1 : start + 1 + len(part)], device=part.device)
-            total -= part.gather(1, targets[:, None]).double().sum().item()
-        tokens += len(ids) - 1
+    for window, values in _pairs(rows, logits):
+        for part, targets in _log_softmax(values, window):
+            total -= part.gather(1, targets).double().sum().item()
+        tokens += len(window.targets)
     nll = total / tokens
-    return Perplexity(_exp(nll), nll, tokens, _protocol(rows))
+    if rows.words is None or rows.bytes is None:
+        return Perplexity(_exp(nll), nll, tokens, rows.text)
+    by_word, by_byte = total / rows.words, total / rows.bytes
+    return WordPerplexity(
+        *(_exp(nll), nll, tokens, rows.text),
+        word_perplexity=_exp(by_word),
+        byte_perplexity=_exp(by_byte),
+        bits_per_byte=by_byte / math.log(2),
+        words=rows.words,
+        bytes=rows.bytes,
+    )
 
 
-def compare_logits(rows: list[list[int]], logits: Iterable[Logits], reference: Iterable[Logits]) -> Comparison:
+def compare_logits(rows: Rows, logits: Iterable[Logits], reference: Iterable[Logits]) -> Comparison:
     """A model against its reference from given logits: one [T, V] array each per window of `rows`."""
+    rows = _known(rows)
     kl = same = 0.0
     nll, nll_reference = [], []
-    for (ids, values), (_, expected) in zip(_pairs(rows, logits), _pairs(rows, reference), strict=True):
+    for (window, values), (_, expected) in zip(_pairs(rows, logits), _pairs(rows, reference), strict=True):
         if values.shape[1] != expected.shape[1]:
             raise PhiquantError(f"the vocabularies differ: {values.shape[1]} and {expected.shape[1]} logits a token")
         expected = expected.to(values.device)
-        same += (values[:-1].argmax(1) == expected[:-1].argmax(1)).sum().item()
-        for (start, q), (_, p) in zip(_log_softmax(values[:-1]), _log_softmax(expected[:-1]), strict=True):
+        scored = slice(window.first, window.first + len(window.targets))
+        same += (values[scored].argmax(1) == expected[scored].argmax(1)).sum().item()
+        for (q, targets), (p, _) in zip(_log_softmax(values, window), _log_softmax(expected, window), strict=True):
             kl += F.kl_div(q, p, reduction="none", log_target=True).sum(1).double().sum().item()
-            targets = torch.tensor(ids[start + 1 : start + 1 + len(q)], device=q.device)[:, None]
             nll.append(-q.gather(1, targets)[:, 0].double().cpu())
             nll_reference.append(-p.gather(1, targets)[:, 0].double().cpu())
     ours, theirs = torch.cat(nll), torch.cat(nll_reference)
@@ -144,7 +169,7 @@ def compare_logits(rows: list[list[int]], logits: Iterable[Logits], reference: I
         perplexity=_exp(ours.mean().item()),
         reference_perplexity=_exp(theirs.mean().item()),
         tokens=tokens,
-        protocol=_protocol(rows),
+        protocol=rows.text,
     )
 
 
@@ -165,28 +190,32 @@ def model_logits(model: Any, rows: list[list[int]], cache: str | QuantSpec | Non
         model.train(training)
 
 
-def _pairs(rows: list[list[int]], logits: Iterable[Logits]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    for index, (ids, values) in enumerate(zip_longest(rows, logits)):
-        if ids is None or values is None:
-            raise PhiquantError(f"{len(rows)} windows need as many arrays of logits; window {index} has no counterpart")
+def _known(rows: Rows) -> Protocol:
+    """Plain rows of ids are consecutive windows."""
+    return rows if isinstance(rows, Protocol) else consecutive(rows)
+
+
+def _pairs(rows: Protocol, logits: Iterable[Logits]) -> Iterator[tuple[Window, torch.Tensor]]:
+    for index, (window, values) in enumerate(zip_longest(rows.windows, logits)):
+        if window is None or values is None:
+            count = len(rows.windows)
+            raise PhiquantError(f"{count} windows need as many arrays of logits; window {index} has no counterpart")
         tensor = torch.as_tensor(values).detach()
-        if tensor.dim() != 2 or len(tensor) != len(ids):
-            raise PhiquantError(f"window {index} has {len(ids)} tokens; its logits have shape {list(tensor.shape)}")
-        yield ids, tensor
+        if tensor.dim() != 2 or len(tensor) != len(window.ids):
+            raise PhiquantError(
+                f"window {index} has {len(window.ids)} tokens; its logits have shape {list(tensor.shape)}"
+            )
+        yield window, tensor
 
 
-def _log_softmax(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, float32 log-probabilities [rows, V]) in pieces of bounded size."""
-    rows = max(1, _CHUNK // values.shape[1])
-    for start in range(0, len(values), rows):
-        yield start, values[start : start + rows].float().log_softmax(1)
+def _log_softmax(values: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(float32 log-probabilities [n, V], what came next [n, 1]) of what is scored, in pieces of bounded size."""
+    step, targets = max(1, _CHUNK // values.shape[1]), torch.tensor(window.targets, device=values.device)[:, None]
+    for start in range(0, len(targets), step):
+        part = targets[start : start + step]
+        first = window.first + start
+        yield values[first : first + len(part)].float().log_softmax(1), part
 
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
-
-
-def _protocol(rows: list[list[int]]) -> str:
-    return (
-        f"{len(rows)} consecutive windows of {len(rows[0])} tokens, none added in front, first token of each not scored"
-    )

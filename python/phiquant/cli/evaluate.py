@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import evaluate as measure
-from .. import testing
+from .. import protocols, testing
 from .arguments import LimitOption, TextOption, read_text
 from .runners import in_torch, runner
 from .session import DebugFlag, JsonFlag, session, table
@@ -32,7 +32,10 @@ CacheOption = Annotated[
     ),
 ]
 _NAMES = {
-    "perplexity": "perplexity",
+    "perplexity": "perplexity per token",
+    "word_perplexity": "perplexity per word",
+    "byte_perplexity": "perplexity per byte",
+    "bits_per_byte": "bits per byte",
     "reference_perplexity": "perplexity of the reference",
     "nll": "nats per token",
     "kl": "mean KL(reference || model), nats",
@@ -50,6 +53,13 @@ def evaluate(
     text: TextOption = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     limit: LimitOption = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help="What is scored: 'window', 'llama.cpp' (the second half of each) or 'words' (as lm-eval)."),
+    ] = "window",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between two windows, of 'window'.", show_default="no overlap")
+    ] = None,
     fast: Annotated[
         bool,
         typer.Option("--fast", help="In the runtime's default setting; without: in that which computes as torch."),
@@ -62,16 +72,16 @@ def evaluate(
     with session(json_, debug) as ui:
         words = read_text(text) or testing.heldout_text()
         ours = runner(model, exact=not fast) if cache is None else in_torch(model, cache)
-        rows = measure.windows(ours.tokenizer, words, window, limit)
-        ui.note(f"{len(rows)} windows of {len(rows[0])} tokens in {ours.runtime}")
+        rows = protocols.protocol(protocol, ours.tokenizer, words, window, stride, limit)
+        ui.note(f"{len(rows.windows)} windows of up to {window} tokens in {ours.runtime}")
         result: Any
         if reference is None:
-            result = measure.perplexity_from_logits(rows, ours.logits(rows))
+            result = measure.perplexity_from_logits(rows, ours.logits(rows.rows))
         else:
             theirs = runner(reference)
-            if measure.windows(theirs.tokenizer, words, window, limit) != rows:
+            if protocols.protocol(protocol, theirs.tokenizer, words, window, stride, limit).windows != rows.windows:
                 raise ValueError(f"{model} and {reference} tokenize the text differently; they cannot be compared")
-            result = measure.compare_logits(rows, ours.logits(rows), theirs.logits(rows))
+            result = measure.compare_logits(rows, ours.logits(rows.rows), theirs.logits(rows.rows))
         data = {"model": model, "runtime": ours.runtime, "reference": reference, **result.to_dict()}
         rows_out = table("what", "value>")
         for key, name in _NAMES.items():

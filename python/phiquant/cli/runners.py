@@ -11,8 +11,10 @@ from ..errors import PhiquantError
 from ..evaluate import model_logits
 from ..formats.detect import Found, detect
 from ..load import load
+from ..load_exported import load_tokenizer
 from ..quantized_cache import quantized_cache
 from ..runtimes.check import runtime_of
+from ..runtimes.tokenizer import RuntimeTokenizer
 
 Rows = list[list[int]]
 
@@ -44,10 +46,7 @@ def runner(source: str, exact: bool = True) -> Runner:
 def in_runtime(found: Found, exact: bool = True) -> Runner:
     """An exported model in the runtime of its format, with the runtime's own tokenizer."""
     runtime = runtime_of(found.format)
-
-    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": runtime.tokenize(found.path, [text])[0]}
-
+    tokenizer = RuntimeTokenizer(runtime, found.path, lambda: load_tokenizer(found, found.config()))
     return Runner(runtime.NAME, tokenizer, lambda rows: runtime.logits(found.path, rows, exact=exact))
 
 

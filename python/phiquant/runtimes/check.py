@@ -18,6 +18,7 @@ from ..extras import need
 from ..formats.registry import Format
 from ..models import phi
 from . import deviations
+from .tokenizer import RuntimeTokenizer
 
 WINDOW = 256
 _CHARACTERS = 12  # of source code per token, at most on average
@@ -62,10 +63,8 @@ def run(
     """
     reader, runtime = format.reader_module(), runtime_of(format)
 
-    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": runtime.tokenize(path, [text])[0]}
-
     text = testing.heldout_text() if text is None else text
+    tokenizer = RuntimeTokenizer(runtime, path)
     rows = evaluate.windows(tokenizer, text[: windows * WINDOW * _CHARACTERS], WINDOW, windows)
     stored, deviation = reader.read(path), None
     if reference is None:
