@@ -212,6 +212,18 @@ def test_transformers_rounds_the_same_inputs(
     assert (tiny_model(ids).logits - theirs).abs().max() < 1e-3 * theirs.abs().max()
 
 
+def test_qnn_takes_static_ranges_and_finds_its_own(
+    tiny_model: Any, ids: torch.Tensor, tokenizer: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx")
+    pq.quantize(tiny_model, WEIGHTS)
+    round_inputs(tiny_model, "uint16-tensor-asym", "mse", calibration=ids)
+    options = {"calibration": ids, "prefill": 8, "context": 16, "observer": "ema"}
+    receipt = pq.export(tiny_model, tokenizer, tmp_path, format="qnn", **options)
+    assert receipt["targets"] == ["qnn:a16w8"]
+    assert json.loads((tmp_path / "activations.json").read_text())["observer"] == "ema"
+
+
 def test_refusals(tiny_model: Any, ids: torch.Tensor) -> None:
     with pytest.raises(PhiquantError, match="inside the sum of the product"):
         input_quantizer("int8-channel-sym")

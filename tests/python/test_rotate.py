@@ -79,6 +79,20 @@ def test_a_tied_table_is_refused_or_untied(tmp_path: Path) -> None:
     assert difference(loaded, before) < 0.1
 
 
+@pytest.mark.parametrize("format", ["gguf", pytest.param("safetensors", marks=pytest.mark.slow)])
+def test_runtimes_agree_on_the_rewritten_model(format: str, tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """llama.cpp with float weights, for it rounds the inputs of others; transformers with codes."""
+    pytest.importorskip({"gguf": "xllamacpp", "safetensors": "compressed_tensors"}[format])
+    pq.transform(tiny_model, ["rotate", "smooth:pairs=down"], calibration=ids())
+    if format == "safetensors":
+        pq.quantize(tiny_model, "safetensors:int8-channel")
+    pq.export(tiny_model, tokenizer, tmp_path, format=format)
+    text = pq.testing.heldout_text()[:3000]
+    report = pq.verify(tmp_path, run=True, text=text, reference=tiny_model, windows=1)
+    assert report.ok, str(report)
+    assert report.runtime is not None
+
+
 def test_equal_seeds_give_equal_weights(tiny_model: Any) -> None:
     one, two, other = (
         pq.transform(copy.deepcopy(tiny_model), text).model.embed_tokens.weight
