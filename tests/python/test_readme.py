@@ -11,7 +11,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md", "docs/compression.md", "docs/elements.md", "docs/kmeans.md", "docs/methods.md", "docs/perplexity.md",
-    "docs/methods/activations.md", "docs/methods/transforms.md", "docs/qat.md", "docs/ranges.md", "docs/runtimes.md", "docs/storage.md", "docs/training-engines.md",
+    "docs/methods/activations.md", "docs/methods/transforms.md",
+    "docs/qat.md", "docs/ranges.md", "docs/runtimes.md", "docs/storage.md", "docs/training-engines.md",
 )  # fmt: skip
 
 
