@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .auto import Candidate, auto, is_auto
 from .calibrate import Calibration, calibrate, token_windows, told
 from .calibration_layers import ModelLayers
 from .errors import PhiquantError
@@ -31,7 +33,7 @@ from .solvers import NEEDS_STATISTICS, quantize_tensor
 from .spec import QuantSpec, Target
 from .split_linear import projection_name, split
 from .tensor import QuantizedTensor
-from .transforms import applied, transform
+from .transforms import WITH_TRANSFORMS, applied, transform
 from .weight_quantizers import CONTINUED, Range, for_codes, for_weight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +63,8 @@ def quantize(
         the embedding stay in float.
         Where a recipe gives q, k, v or gate, up different specs, their fused linear becomes a SplitLinear.
     solver: "rtn" (range from the extremes), "mse" (the best of some ranges in squared error), "mse_exact" (of all);
-        with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse), "adaround" (docs/methods.md).
+        with calibration data "gptq" or "gptq_mse" (on the grid of rtn or mse), "adaround", "clip" (docs/methods.md),
+        "awq" (the transform, then clip), "auto" (the best of all by measurement, "auto:gptq,awq+gptq" of these).
     calibration: texts (with `tokenizer`) or windows of token ids [n, T]; a Phi-3 model is then solved decoder layer
         by decoder layer. A solver that needs data and is given none takes testing.training_text().
     folder: where a calibrated run keeps its finished layers, so that the same call goes on after an interruption.
@@ -76,14 +79,44 @@ def quantize(
     specs = _specs(model, what)
     if activations is not None:
         input_quantizer(activations, observer)  # refuses before anything is done
-    if transforms:
+    before, solver = WITH_TRANSFORMS.get(solver, ((), solver))
+    if transforms := (*transforms, *before):
         transform(model, transforms, specs=specs, calibration=calibration, tokenizer=tokenizer)
+    place = None if folder is None else Path(folder)
+    if is_auto(solver):
+        if ranks.world > 1:
+            raise PhiquantError("auto compares whole models in one process; name a solver to share its work")
+
+        def attempt(copied: Model, candidate: Candidate, ids: torch.Tensor, place: Path | None) -> Model:
+            data = {"calibration": ids, "folder": place, "offload": offload} if candidate.data else {}
+            return quantize(copied, what, candidate.solver, progress, transforms=candidate.transforms, **data)  # type: ignore[arg-type]
+
+        grids = json.dumps({name: str(spec) for name, spec in specs.items()})
+        auto(model, solver, grids, token_windows(calibration, tokenizer), attempt, place)
+    else:
+        _quantize(model, specs, solver, progress, calibration, tokenizer, place, offload, ranks)
+    if activations is not None:
+        round_inputs(model, activations, observer, calibration=calibration, tokenizer=tokenizer)
+    return model
+
+
+def _quantize(
+    model: nn.Module,
+    specs: dict[str, QuantSpec | None],
+    solver: str,
+    progress: Progress | None,
+    calibration: Calibration | None,
+    tokenizer: Any,
+    place: Path | None,
+    offload: bool,
+    ranks: Ranks,
+) -> None:
+    """One solver for all layers."""
     with split(model, specs):
         groups = _groups(model, specs)
         if calibration is not None or solver in NEEDS_STATISTICS:
             ids = token_windows(calibration, tokenizer)
             grids = {names[0]: spec for names, _, spec in groups}
-            place = None if folder is None else Path(folder)
             found = calibrate(
                 *(ModelLayers(model), grids, solver, ids),
                 folder=place,
@@ -101,11 +134,8 @@ def quantize(
     rewritten = {"transforms": applied(model)} if applied(model) else {}
     for modules, quantized, origin in solved:
         _attach(modules, quantized, {**origin, **rewritten})
-    if activations is not None:
-        round_inputs(model, activations, observer, calibration=calibration, tokenizer=tokenizer)
     if progress:
         progress("done", len(groups), len(groups))
-    return model
 
 
 def _solve(

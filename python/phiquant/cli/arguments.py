@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ..auto import candidates, is_auto
 from ..formats.registry import find
 from ..load import EMBEDDED
 from ..recipe import Recipe
 from ..solvers import SOLVERS
 from ..spec import Target
 from ..spec import target as find_target
-from ..transforms import TRANSFORMS
+from ..transforms import TRANSFORMS, WITH_TRANSFORMS
 from ..transforms import read as read_transform
 
 CheckpointArg = Annotated[
@@ -42,7 +43,8 @@ SolverOption = Annotated[
     str,
     typer.Option(
         help="rtn: ranges from the extremes. mse: the best of some in squared error. mse_exact: of all. gptq, "
-        "gptq_mse, adaround: codes that keep the output on a text, on the grid of rtn, of mse, of mse."
+        "gptq_mse, adaround: codes that keep the output on a text, on the grid of rtn, of mse, of mse. clip: ranges "
+        "that do. awq: the transform, then clip. auto: what is best on part of the text; auto:gptq,awq+gptq: of these."
     ),
 ]
 TransformOption = Annotated[
@@ -110,8 +112,12 @@ def read_target(name: str) -> Target:
 
 def check_solver(name: str) -> str:
     """The name again, if it is that of a solver."""
-    if name not in SOLVERS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SOLVERS)}", param_hint="--solver")
+    known = (*SOLVERS, *WITH_TRANSFORMS, "auto")
+    with argument("--solver"):
+        if is_auto(name):
+            candidates(name)
+        elif name not in known:
+            raise ValueError(f"{name!r} is not one of {', '.join(known)}")
     return name
 
 

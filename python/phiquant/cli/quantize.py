@@ -11,6 +11,7 @@ import torch
 import typer
 
 from .. import stream, tied
+from ..auto import is_auto
 from ..checkpoint import Checkpoint
 from ..export import claim_folder
 from ..export import export as write
@@ -21,7 +22,7 @@ from ..ranks import torchrun
 from ..recipe import Recipe
 from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
-from ..transforms import NEEDS_DATA
+from ..transforms import NEEDS_DATA, WITH_TRANSFORMS
 from .arguments import (
     CalibrationOption,
     CheckpointArg,
@@ -69,11 +70,16 @@ def quantize(
         chosen, rules = read_target(target), read_recipe(recipe)
         check_solver(solver)
         transforms = check_transforms(transform)
-        needy = [n for n in (solver, *(t.partition(":")[0] for t in transforms)) if n in NEEDS_STATISTICS | NEEDS_DATA]
+        needy = [
+            n
+            for n in (solver, *(t.partition(":")[0] for t in transforms))
+            if n in NEEDS_STATISTICS | NEEDS_DATA or is_auto(n)
+        ]
+        in_memory = bool(transforms) or solver in WITH_TRANSFORMS or is_auto(solver)
         needy += ["--embedding auto"] if embedding == "auto" else []
-        if transforms and embedding is not None:
+        if in_memory and embedding is not None:
             raise typer.BadParameter(
-                "a transform is not streamed yet: name the table in a recipe", param_hint="--embedding"
+                "transforms, awq and auto are not streamed yet: name the table in a recipe", param_hint="--embedding"
             )
         options = chosen.options | read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
@@ -84,9 +90,10 @@ def quantize(
         with checkpoint_folder(checkpoint) as folder:
             if ranks.first:
                 ui.log_to(output_folder(out) / "phiquant.log")
-            if transforms and ranks.world > 1:
-                raise typer.BadParameter("needs the model whole, in one process", param_hint="--transform")
-            if transforms:
+            if in_memory and ranks.world > 1:
+                hint = "--transform" if transforms else "--solver"
+                raise typer.BadParameter("needs the model whole, in one process", param_hint=hint)
+            if in_memory:
                 receipt = _in_memory(ui, folder, chosen, out, solver, rules, text, options, transforms)
             else:
                 with ui.progress("quantizing") if ranks.first else nullcontext() as step:

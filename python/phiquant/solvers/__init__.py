@@ -14,6 +14,7 @@ from ..spec import spec as read_spec
 from ..statistics import Statistics
 from ..tensor import QuantizedTensor
 from .adaround import adaround
+from .clip import clip
 from .gptq import gptq
 from .hqq import hqq
 from .kmeans import kmeans
@@ -51,12 +52,13 @@ SOLVERS: dict[str, Solver] = {
     "histogram": _data_free(histogram),
     "hqq": hqq,
     "kmeans": _kmeans,
+    "clip": clip,
     "adaround": adaround,
     "gptq": gptq,
     "gptq_mse": partial(gptq, grid="mse"),
     "gptq_refine": gptq_refine,
 }
-NEEDS_STATISTICS = frozenset({"adaround", "gptq", "gptq_mse", "gptq_refine"})
+NEEDS_STATISTICS = frozenset({"adaround", "clip", "gptq", "gptq_mse", "gptq_refine"})
 FOLLOWS_FLOAT = frozenset({"gptq_refine"})  # make up for what the layers before a layer did to its inputs
 DATA_FREE = frozenset({"rtn", "mse_exact", "percentile", "kl", "histogram"})  # statistics change nothing
 

@@ -16,6 +16,7 @@ from ..calibrate import Calibration, token_windows
 from ..errors import PhiquantError
 from ..models import phi
 from ..quant_spec import QuantSpec
+from .awq import awq
 from .fold import fold
 from .rotate import rotate
 from .smooth import smooth
@@ -23,8 +24,9 @@ from .smooth import smooth
 # (model, windows of token ids [n, T] or None, the grid that each module will get, options) -> what receipts tell.
 Transform = Callable[..., dict[str, Any]]
 
-TRANSFORMS: dict[str, Transform] = {"fold": fold, "smooth": smooth, "rotate": rotate}
-NEEDS_DATA = frozenset({"smooth"})
+TRANSFORMS: dict[str, Transform] = {"fold": fold, "smooth": smooth, "awq": awq, "rotate": rotate}
+NEEDS_DATA = frozenset({"awq", "smooth"})
+WITH_TRANSFORMS = {"awq": (("awq",), "clip")}  # solvers of whole models: transforms, then what chooses the codes
 
 
 def transform(
