@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .calibration_layers import CheckpointLayers
 from .calibration_state import Solved
 from .checkpoint_source import CheckpointSource
 from .models import phi
+from .solvers import FOLLOWS_FLOAT
 from .split_linear import module_path
 from .statistics import Statistics
 
@@ -48,14 +50,18 @@ def calibration_seconds(source: CheckpointSource, ids: Tensor, solver: str, fold
         solved[phi.EMBEDDING] = _seconds(lambda: run.solve(phi.EMBEDDING, None))
         del run.solved.specs[phi.EMBEDDING]  # other rows than these are looked up now
     width = layers.shape(phi.EMBEDDING)[1]
-    activations = _Timed((*some.shape, width), folder, "sample", layers.device)
-    activations.replace(embedded(run.table, layers.shape(phi.EMBEDDING)[0], some))
+    beside = solver in FOLLOWS_FLOAT
+    activations = _Timed((*some.shape, width), folder, "sample", layers.device, beside_float=beside)
+    exact = layers.decoder(0) if beside else None
+    for one in (activations, activations.exact):
+        if one is not None:
+            one.replace(embedded(run.table, layers.shape(phi.EMBEDDING)[0], some))
     activations.arguments = layers.arguments(activations.read(slice(0, 1)))
     activations.call(layers.decoder(0), activations.read(slice(0, 1)))  # warm
     activations.seen = len(ids) * ids.shape[1]
     work: list[nn.Module] = []
-    whole = _seconds(lambda: work.append(run.decoder(0, parts, activations)))
-    forward = activations.seconds + _seconds(lambda: activations.advance(work[0]))
+    whole = _seconds(lambda: work.append(run.decoder(0, parts, activations, exact)))
+    forward = activations.seconds + _seconds(lambda: activations.advance(work[0], exact))
     layer = whole - activations.seconds + scale * forward
     if phi.HEAD in tables:
         work.clear()
@@ -63,7 +69,7 @@ def calibration_seconds(source: CheckpointSource, ids: Tensor, solver: str, fold
         statistics = head_statistics(layers, activations)
         solved[phi.HEAD] = _seconds(lambda: run.solve(phi.HEAD, statistics))
         solved[phi.HEAD] += scale * activations.seconds / tables[phi.HEAD]
-    held = 0 if folder is not None else round((scale - 1) * activations.nbytes)
+    held = 0 if folder is not None else round((1 + beside) * (scale - 1) * activations.nbytes)
     return layers.count * layer + sum(tables[name] * seconds for name, seconds in solved.items()), held
 
 
@@ -72,9 +78,9 @@ class _Timed(Activations):
 
     seconds, seen = 0.0, 0
 
-    def statistics(self, layer: nn.Module, linear: nn.Module, features: int) -> Statistics:
+    def statistics(self, *arguments: Any, **named: Any) -> Statistics:
         found: list[Statistics] = []
-        self.seconds += _seconds(lambda: found.append(super(_Timed, self).statistics(layer, linear, features)))
+        self.seconds += _seconds(lambda: found.append(super(_Timed, self).statistics(*arguments, **named)))
         moments = found[0].moments.diagonal()
         moments += moments.mean()  # of fewer tokens than inputs they would be singular
         found[0].tokens = self.seen
