@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import phiquant.ops as ops
@@ -302,21 +303,21 @@ def test_the_op_checks_its_arguments(name: str, value: torch.Tensor, message: st
         ops.gptq_run(**(arguments() | {name: value}), minimum=False, qmin=-8, qmax=7)
 
 
-def test_levels_and_codes_weighed_by_the_inputs_on_the_outlier_twin(phi3_tiny: tuple) -> None:
-    """k-means with the diagonal of H errs less than without; gptq on its levels less still, and gptq_refine."""
-    model, tokenizer = phi3_tiny
-    layer = testing.outlier_twin(model).model.layers[1]
-    found = Statistics(256)
+def inputs_of_a_layer(model: Any, tokenizer: Any, text: str, count: int) -> tuple[torch.Tensor, Statistics]:
+    """256 rows of the second layer's gate_up_proj, and what that reads in the float model."""
+    layer, found = model.model.layers[1], Statistics(256)
     hook = layer.mlp.gate_up_proj.register_forward_pre_hook(lambda _, x: found.update(x[0]))
-    ids = torch.tensor(windows(tokenizer, testing.training_text(60_000), 512, 4))
     with torch.no_grad():
-        hidden = model.model.embed_tokens(ids)
-        rotary = model.model.rotary_emb(hidden, torch.arange(512)[None])
-        for one in (model.model.layers[0], layer):
-            result = one(hidden, position_embeddings=rotary, attention_mask=None)
-            hidden = result[0] if isinstance(result, tuple) else result
+        model(torch.tensor(windows(tokenizer, text, 512, count)), use_cache=False, logits_to_keep=1)
     hook.remove()
-    w, h = layer.mlp.gate_up_proj.weight.detach()[:256], found.hessian.double()
+    return layer.mlp.gate_up_proj.weight.detach()[:256], found
+
+
+def test_levels_and_codes_weighed_by_the_inputs_on_the_outlier_twin(phi3_tiny: tuple[Any, Any]) -> None:
+    """k-means with the diagonal of H errs less than without; gptq on its levels less still, and gptq_refine."""
+    twin = testing.outlier_twin(phi3_tiny[0])
+    w, found = inputs_of_a_layer(twin, phi3_tiny[1], testing.training_text(60_000), 4)
+    h = found.hessian.double()
     for text in ("codebook8-row", "codebook4-g64-f16"):
         errors = []
         for solver, known in (("kmeans", None), ("kmeans", found), ("gptq", found), ("gptq_refine", found)):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
+import ggml
 import numpy as np
 import pytest
 import torch
-from phiquant import _C, PhiquantError, QuantizedTensor, quantize_tensor, spec
+from phiquant import _C, PhiquantError, QuantizedTensor, quantize_tensor, spec, testing
 from phiquant.solvers.refine import gptq_refine
 from phiquant.statistics import Statistics
-from test_gptq import correlated, gaussian, output_error, seen
+from test_gptq import correlated, gaussian, inputs_of_a_layer, output_error, seen
 
 # text -> the most that the error may be of gptq_mse's: groups with parameters of their own gain most
 GRIDS = {
@@ -136,3 +138,19 @@ def test_what_layers_before_did_to_the_inputs_is_made_up_for() -> None:
     best = np.linalg.lstsq(x.double().numpy(), wanted.numpy(), rcond=None)[0]
     least = np.square(wanted.numpy() - x.double().numpy() @ best).sum()
     assert least < errors[1] < 0.3 * errors[0]
+
+
+@pytest.mark.slow
+def test_llama_cpps_own_codes_with_an_importance_matrix_err_far_more(phi3_tiny: tuple[Any, Any]) -> None:
+    """On a layer of phi3-tiny, other text than that of the calibration, the same grids, the same importance."""
+    pytest.importorskip("xllamacpp")
+    w, known = inputs_of_a_layer(*phi3_tiny, testing.training_text(120_000), 12)
+    _, other = inputs_of_a_layer(*phi3_tiny, testing.heldout_text(), 3)
+    importance, h = (known.hessian.diagonal() / known.tokens).numpy(), other.hessian.double()
+    names = ["Q4_K", "IQ4_XS", "Q3_K", "Q2_K"]
+    blocks = ggml.quantize([(name, w.numpy(), importance) for name in names])
+    for name, theirs in zip(names, ggml.decode(list(zip(names, blocks, strict=True))), strict=True):
+        ours = quantize_tensor(w, f"gguf:{name}", "gptq_refine", statistics=known).dequantize()
+        wrong = [(w - values).double() for values in (ours, torch.from_numpy(theirs).reshape(w.shape))]
+        errors = [((one @ h) * one).sum().item() for one in wrong]
+        assert errors[0] < 0.85 * errors[1], (name, errors)
