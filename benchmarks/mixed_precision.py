@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from phiquant.solvers import NEEDS_STATISTICS
 from phiquant.spec import FLOAT_BITS
 
 GRIDS = {bits: f"int{bits}-g32-sym-f16" for bits in (2, 3, 4, 5, 6)}
+CALIBRATION = 24  # windows for gptq
 FLOATS = ("model.embed_tokens", "lm_head")
 
 
@@ -110,7 +112,6 @@ class Case:
         measured = (stored_bytes(quantized), lost.nll_diff, lost.nll_diff_se, lost.kl)
         result = Result(self.label, self.solver, name, *measured, *told, 0.0, 0.0, seconds)
         self.made[name] = result, logits
-        print(f"{self.label} {self.solver} {name}: {result.loss:.4f}, KL {result.kl:.4f}", file=sys.stderr, flush=True)
 
     def results(self) -> list[Result]:
         best = min((name for name in self.made if name in RULES), key=lambda name: self.made[name][0].loss)
@@ -120,40 +121,35 @@ class Case:
         return [result for result, _ in self.made.values()]
 
 
-def table(windows: int, measured: int, searches: list[str], kept: Path) -> list[Result]:
+def table(windows: int, measured: int, searches: list[str], cases: list[str], kept: Path) -> Iterator[Result]:
     model, tokenizer = pq.load("phi3-tiny")
-    ids = token_windows(None, tokenizer)
+    ids = token_windows(None, tokenizer)[:CALIBRATION]
     rows = pq.evaluate.windows(tokenizer, pq.testing.heldout_text(), limit=windows)
-    results: list[Result] = []
-    for label, reference in (("phi3-tiny", model), ("twin", pq.testing.outlier_twin(model))):
-        for solver in ("rtn", "gptq"):
-            case = Case(label, reference, solver, rows, ids)
-            for name, rule in RULES.items():
-                case.add(name, rule)
-            budget = max(result.bytes for result, _ in case.made.values())
-            for name in searches:
-                method, _, refined = name.partition("+")
-                began = time.perf_counter()
-                found = search(
-                    *(reference, "stored", budget),
-                    **{"candidates": list(GRIDS.values()), "keep": FLOATS, "calibration": ids, "windows": measured},
-                    **{"solver": solver, "method": method, "refine": bool(refined)},
-                    folder=kept / f"{label}-{solver}-{method}",  # the last finds there what was measured before it
-                )
-                case.add(name, found.recipe, found, time.perf_counter() - began)
-            results += case.results()
-    return results
+    models = {"phi3-tiny": model, "twin": pq.testing.outlier_twin(model)}
+    for label, solver in (case.split(":") for case in cases):
+        case = Case(label, models[label], solver, rows, ids)
+        for name, rule in RULES.items():
+            case.add(name, rule)
+        budget = max(result.bytes for result, _ in case.made.values())
+        for name in searches:
+            method, _, refined = name.partition("+")
+            began = time.perf_counter()
+            found = search(
+                *(models[label], "stored", budget),
+                **{"candidates": list(GRIDS.values()), "keep": FLOATS, "calibration": ids, "windows": measured},
+                **{"solver": solver, "method": method, "refine": bool(refined)},
+                folder=kept / f"{label}-{solver}-{method}",  # a refined search finds there what was measured before
+            )
+            case.add(name, found.recipe, found, time.perf_counter() - began)
+        yield from case.results()
 
 
-def print_table(results: list[Result]) -> None:
-    head = f"{'':9} {'codes':5} {'recipe':18} {'bytes':>9} {'loss':>8} {'+-':>7} {'KL':>8} {'predicted':>9}"
-    print(f"{head} {'on calib.':>9} {'ahead':>8} {'+-':>7} {'s':>6}")
-    for r in results:
-        told = [f"{value:9.4f}" if value is not None else " " * 9 for value in (r.predicted, r.calibration_kl)]
-        print(
-            f"{r.model:9} {r.solver:5} {r.name:18} {r.bytes:9} {r.loss:8.4f} {r.standard_error:7.4f} {r.kl:8.4f} "
-            f"{told[0]} {told[1]} {r.ahead:8.4f} {r.ahead_se:7.4f} {r.seconds:6.1f}{'' if r.ok else '  MISSED'}"
-        )
+def line(r: Result) -> str:
+    told = [f"{value:9.4f}" if value is not None else " " * 9 for value in (r.predicted, r.calibration_kl)]
+    return (
+        f"{r.model:9} {r.solver:5} {r.name:18} {r.bytes:9} {r.loss:8.4f} {r.standard_error:7.4f} {r.kl:8.4f} "
+        f"{told[0]} {told[1]} {r.ahead:8.4f} {r.ahead_se:7.4f} {r.seconds:6.1f}{'' if r.ok else '  MISSED'}"
+    )
 
 
 def main() -> None:
@@ -161,15 +157,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="held-out windows of 512 tokens")
     parser.add_argument("--measured", type=int, default=8, help="calibration windows for the losses of slices")
     parser.add_argument("--searches", default="proxy,proxy+refined,kl,kl+refined")
+    parser.add_argument("--cases", default="phi3-tiny:rtn,phi3-tiny:gptq,twin:rtn,twin:gptq")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    results = []
+    if not args.json:
+        head = f"{'':9} {'codes':5} {'recipe':18} {'bytes':>9} {'loss':>8} {'+-':>7} {'KL':>8} {'predicted':>9}"
+        print(f"{machine()}\n{head} {'on calib.':>9} {'ahead':>8} {'+-':>7} {'s':>6}")
     with tempfile.TemporaryDirectory() as kept:
-        results = table(args.windows, args.measured, args.searches.split(","), Path(kept))
+        options = (args.windows, args.measured, args.searches.split(","), args.cases.split(","))
+        for result in table(*options, Path(kept)):
+            results.append(result)
+            if not args.json:
+                print(line(result), flush=True)
     if args.json:
         print(json.dumps({"machine": machine(), "results": [asdict(r) for r in results]}, indent=2))
-    else:
-        print(machine())
-        print_table(results)
     sys.exit(0 if all(r.ok for r in results) else 1)
 
 

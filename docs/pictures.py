@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import phiquant as pq
 import torch
 from phiquant import plots
+from phiquant.search import joint_kl
 
 
 def compression() -> Any:
@@ -245,12 +247,29 @@ def storage() -> Any:
     return figure
 
 
+def mixed_precision() -> Any:
+    """The best recipes of their sizes for phi3-tiny as GGUF, uniform grids, and recipes measured as wholes."""
+    model, tokenizer = pq.load("phi3-tiny")
+    rows = pq.evaluate.windows(tokenizer, pq.testing.training_text(200_000), 256, 6)
+    options = {"calibration": torch.tensor(rows), "tokenizer": tokenizer, "method": "proxy"}
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for budget in (2_000_000, 2_400_000, 2_800_000, 3_600_000):
+            found = pq.search(model, "gguf", budget, folder=folder, **options)
+            loss = joint_kl(model, found.recipe, options["calibration"])
+            measured[f"{found.bytes / 1e6:.2f} MB, measured"] = (found.bytes, loss)
+    uniform = {point.name.rpartition(":")[2]: (point.bytes, point.loss) for point in found.uniform}
+    axes = plots.size_against_loss([(p.bytes, p.loss) for p in found.frontier], uniform, measured)
+    return axes.figure
+
+
 PICTURES = {
     "compression.png": compression,
     "elements.png": elements,
     "integer.png": integer_layers,
     "kmeans.png": kmeans,
     "learned-scales.png": learned_scales,
+    "mixed-precision.png": mixed_precision,
     "mse-search.png": mse_search,
     "ranges.png": ranges,
     "storage.png": storage,
