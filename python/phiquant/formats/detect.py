@@ -53,8 +53,12 @@ class Found:
 
     def record(self, name: str) -> dict[str, Any]:
         """What the receipt says of a tensor; {} where nothing is said."""
+        return dict(self._records.get(name, {}))
+
+    @cached_property
+    def _records(self) -> dict[str, dict[str, Any]]:
         tensors = self.receipt["tensors"] if self.receipt else []
-        return next((dict(one) for one in tensors if one["name"] == name), {})
+        return {one["name"]: one for one in reversed(tensors)}  # of a name said twice the first counts
 
     def words(self, stored: StoredTensor) -> QuantSpec | None:
         """The spec a tensor was quantized with, if the receipt tells (3 bits in Q4_0); else the file's own grid."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,6 +138,15 @@ class StoredTensor(ABC):
         if any(piece.tobytes() != pieces[0].tobytes() for piece in pieces):
             raise PhiquantError(f"{self.name}: {name} of the whole tensor differ between its rows; the file is damaged")
         return pieces[:1]
+
+
+def give_back(data: np.ndarray) -> None:
+    """Give back the pages of a mapped file that were read through `data`: they count as this process' memory."""
+    mapped: Any = data
+    while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
+        mapped = mapped.base
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.base.madvise(mmap.MADV_DONTNEED)
 
 
 def once(name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,14 +5,13 @@ N = rows, K = values of a row.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from ..._extension import load
 from ...errors import PhiquantError
 from ...tensor import QuantizedTensor
+from ..floats import cast
 from .types import FLOAT_TYPES, GGMLType
 
 _C = load()
@@ -79,18 +78,5 @@ def pack_float(name: str, values: torch.Tensor, kind: GGMLType, first_row: int) 
     PhiquantError for values that are not finite, or too large for float16; `first_row` is for its index.
     """
     dtype = next(getattr(torch, text) for text, known in FLOAT_TYPES.items() if known is kind)
-    values = values.detach()
-    stored = values.to(dtype).contiguous()
-    # A sum is finite only if every value is: one read, and the search only when there is something to find.
-    if not bool(torch.isfinite(stored.sum(dtype=torch.float32))):
-        _refuse_not_finite(name, values, stored, kind, first_row)
-    widened = torch.promote_types(values.dtype, dtype) == dtype
-    exact = widened or torch.equal(stored.to(values.dtype), values)
-    return stored.reshape(-1).view(torch.uint8).numpy(), exact
-
-
-def _refuse_not_finite(name: str, values: torch.Tensor, stored: torch.Tensor, kind: GGMLType, first_row: int) -> None:
-    for index in (~torch.isfinite(stored)).nonzero()[:1].tolist():
-        value = values[tuple(index)].item()
-        hint = f"too large for {kind.name}; export as gguf:BF16" if math.isfinite(value) else "repair the checkpoint"
-        raise PhiquantError(f"{name}: the value at {[index[0] + first_row, *index[1:]]} is {value}: {hint}")
+    stored, exact = cast(name, values, dtype, first_row, f"too large for {kind.name}; export as gguf:BF16")
+    return stored.contiguous().reshape(-1).view(torch.uint8).numpy(), exact

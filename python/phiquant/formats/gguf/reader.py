@@ -5,7 +5,6 @@ Files of phiquant, of llama.cpp's converter and of its quantizer. N = rows, K = 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...extras import need
 from ...models import phi
 from ...spec import Int, QuantSpec, Ternary, spec
 from ...untrusted import reader
-from ..stored import Parts, StoredTensor, once
+from ..stored import Parts, StoredTensor, give_back, once
 from . import guard as gguf_guard
 from .blocks import LAYOUTS, Block, decode
 from .hf_names import hf_name
@@ -114,12 +113,8 @@ class GGUFTensor(StoredTensor):
         return found if self.scale is None else found * self.scale
 
     def release(self) -> None:
-        """Give back the pages that were read: those of a mapped file count as this process' memory."""
-        mapped: Any = self.data
-        while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
-            mapped = mapped.base
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            mapped.base.madvise(mmap.MADV_DONTNEED)
+        """Give back the pages of the file that were read."""
+        give_back(self.data)
 
     def _rows(self, rows: slice | None) -> np.ndarray:
         return self.data if rows is None else self.data[rows]

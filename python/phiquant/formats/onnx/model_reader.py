@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from ...errors import PhiquantError
 from ...extras import need
 from ..receipt import is_plain_name
+from ..stored import give_back
 
 _MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 _BITS = {
@@ -40,12 +40,8 @@ class Stored:
         return self.data.view(dtype).reshape(self.shape)
 
     def release(self) -> None:
-        """Give back the pages that were read: those of a mapped file count as this process' memory."""
-        mapped: Any = self.data
-        while isinstance(mapped, np.ndarray) and not isinstance(mapped.base, mmap.mmap):
-            mapped = mapped.base
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            mapped.base.madvise(mmap.MADV_DONTNEED)
+        """Give back the pages of the file that were read."""
+        give_back(self.data)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ...errors import PhiquantError
 from ...spec import TARGETS, Int, PerChannel, PerGroup, PerTensor, QuantSpec, Ternary
 from ...tensor import QuantizedTensor
 from .. import receipt
+from ..floats import cast
 from ..source import Entry, Source, row_slices
 from .file import DataFile, Placed
 
@@ -146,10 +147,9 @@ class Writing:
         for rows in row_slices(entry):
             piece = self._source.read(entry, rows)
             assert isinstance(piece, torch.Tensor)
-            stored = piece.to(dtype)
-            _check_finite(entry, piece, stored, rows.start)
-            widened = torch.promote_types(piece.dtype, dtype) == dtype
-            self._exact = self._exact and (widened or torch.equal(stored.to(piece.dtype), piece))
+            hint = f"too large for {entry.dtype}; export as onnx:BF16"
+            stored, exact = cast(entry.name, piece, dtype, rows.start, hint)
+            self._exact = self._exact and exact
             data = receipt.raw(stored)
             self._digest.add_values(data)
             yield data
@@ -255,18 +255,6 @@ def _nearest(entry: Entry, spec: QuantSpec) -> str:
         default=None,
     )  # fmt: skip
     return best[-1] if best else "onnx:BF16"
-
-
-def _check_finite(entry: Entry, piece: torch.Tensor, stored: torch.Tensor, first_row: int) -> None:
-    if bool(torch.isfinite(stored.sum(dtype=torch.float32))):
-        return
-    for index in (~torch.isfinite(stored)).nonzero()[:1].tolist():
-        value = piece[tuple(index)]
-        finite = bool(torch.isfinite(value))
-        hint = f"too large for {entry.dtype}; export as onnx:BF16" if finite else "repair the checkpoint"
-        raise PhiquantError(
-            f"{entry.name}: the value at {[index[0] + first_row, *index[1:]]} is {value.item()}: {hint}"
-        )
 
 
 __all__ = ["BLOCKS", "Layout", "Weight", "Writing", "layout", "place"]

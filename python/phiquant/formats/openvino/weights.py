@@ -14,6 +14,7 @@ from ...errors import PhiquantError
 from ...spec import FixedPoint
 from ...tensor import QuantizedTensor
 from .. import receipt
+from ..floats import cast
 from ..source import Entry, Source, row_slices
 from .layout import ALIGNMENT, BITS, TYPES, Container, Part, container, parts
 
@@ -90,9 +91,9 @@ class Encoding:
         for rows in row_slices(entry):
             piece = self._source.read(entry, rows)
             assert isinstance(piece, torch.Tensor)
-            stored = piece.to(getattr(torch, _DTYPES[part.type]))
-            _check_finite(entry, piece, stored, rows.start)
-            self._exact = self._exact and (stored.dtype == piece.dtype or torch.equal(stored.float(), piece.float()))
+            hint = f"too large for {entry.dtype}; export as openvino:BF16"
+            stored, exact = cast(entry.name, piece, getattr(torch, _DTYPES[part.type]), rows.start, hint)
+            self._exact = self._exact and exact
             data = receipt.raw(stored)
             self._digest.add_values(data)
             yield data
@@ -107,17 +108,3 @@ def _pack(codes: torch.Tensor, kind: str, held: Container) -> memoryview:
     add = 0 if kind == "i4" else held.shift
     rows = codes.contiguous().view(torch.uint8).reshape(1, -1)
     return memoryview(_C.pack_dense(rows.cpu().numpy(), BITS[kind], add)).cast("B")
-
-
-def _check_finite(entry: Entry, piece: torch.Tensor, stored: torch.Tensor, first_row: int) -> None:
-    if bool(torch.isfinite(stored.sum())):  # it is not if any value is not: one read, no temporary
-        return
-    bad = (~torch.isfinite(stored)).nonzero()
-    if len(bad):
-        index = bad[0].tolist()
-        value = piece[tuple(index)]
-        fits = bool(torch.isfinite(value))
-        hint = f"too large for {entry.dtype}; export as openvino:BF16" if fits else "repair the checkpoint"
-        raise PhiquantError(
-            f"{entry.name}: the value at {[index[0] + first_row, *index[1:]]} is {value.item()}: {hint}"
-        )

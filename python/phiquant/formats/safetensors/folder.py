@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,13 @@ import torch
 from ...errors import PhiquantError
 from ...tensor import PARAMETERS, QuantizedTensor
 from .. import receipt
+from ..companions import companions, copy
+from ..floats import cast
 from ..partial import PartialFile, write_atomically
 from ..source import Entry, Progress, Source, row_slices
 
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 ITEM_BYTES = {"I64": 8, "I32": 4, "U32": 4, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
@@ -100,7 +96,7 @@ def write(source: Source, out: Path, layout: Layout, progress: Progress | None =
     A run that is interrupted continues with the next one, if the source has the same fingerprint.
     """
     settings = layout.config()
-    companions = _companions(source.tokenizer_dir)
+    beside = companions(source.tokenizer_dir)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     shards = plan(source.entries, layout)
@@ -111,7 +107,7 @@ def write(source: Source, out: Path, layout: Layout, progress: Progress | None =
         with shard.open(out, source.fingerprint) as file:
             file.commit(keep_journal=True)
         files[shard.name] = receipt.file_record(out / shard.name, len(shard.header))
-    for name in _write_small(out, settings, layout, shards, companions):
+    for name in _write_small(out, settings, layout, shards, beside):
         files[name] = receipt.file_record(out / name)
     result = receipt.make(layout.format, files, records, source.entries)
     result["warnings"] = list(layout.warnings)
@@ -128,7 +124,7 @@ def sizes(source: Source, layout: Layout) -> dict[str, int]:
     result["config.json"] = len(_json(layout.config()))
     if len(shards) > 1:
         result[INDEX] = len(_json(_index(shards, layout)))
-    return result | {path.name: path.stat().st_size for path in _companions(source.tokenizer_dir)}
+    return result | {path.name: path.stat().st_size for path in companions(source.tokenizer_dir)}
 
 
 def encode(source: Source, entry: Entry, layout: Layout) -> Iterator[memoryview]:
@@ -261,39 +257,16 @@ class _Writing:
         for rows in row_slices(entry):
             piece = self._source.read(entry, rows)
             assert isinstance(piece, torch.Tensor)
-            stored = piece.to(getattr(torch, dtype))
-            _check_finite(entry, dtype, piece, stored, rows.start)
-            self._exact = self._exact and (stored.dtype == piece.dtype or torch.equal(stored.float(), piece.float()))
+            hint = f"too large for {dtype}; store its floats, and the scales beside them, as bfloat16"
+            stored, exact = cast(entry.name, piece, getattr(torch, dtype), rows.start, hint)
+            self._exact = self._exact and exact
             data = receipt.raw(stored)
             self._digest.add_values(data)
             yield data
 
 
-def _check_finite(entry: Entry, dtype: str, piece: torch.Tensor, stored: torch.Tensor, first_row: int) -> None:
-    if bool(torch.isfinite(stored.sum())):  # it is not if any value is not: one read, no temporary
-        return
-    bad = (~torch.isfinite(stored)).nonzero()
-    if len(bad):
-        index = bad[0].tolist()
-        value = piece[tuple(index)]
-        hint = "repair the checkpoint"
-        if bool(torch.isfinite(value)):
-            hint = f"too large for {dtype}; store its floats, and the scales beside them, as bfloat16"
-        place = [index[0] + first_row, *index[1:]]
-        raise PhiquantError(f"{entry.name}: the value at {place} is {value.item()}: {hint}")
-
-
-def _companions(folder: Path | None) -> list[Path]:
-    """Tokenizer and generation files to copy. PhiquantError without a tokenizer."""
-    found = [] if folder is None else [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    if not {path.name for path in found} & {"tokenizer.json", "tokenizer.model"}:
-        where = f"{folder} has no tokenizer.json or tokenizer.model" if folder else "no tokenizer was given"
-        raise PhiquantError(f"{where}; a model without its tokenizer cannot be used: put the tokenizer's files there")
-    return found
-
-
 def _write_small(
-    out: Path, settings: dict[str, Any], layout: Layout, shards: Sequence[_Shard], companions: Sequence[Path]
+    out: Path, settings: dict[str, Any], layout: Layout, shards: Sequence[_Shard], beside: Sequence[Path]
 ) -> list[str]:
     """config.json, the index and the companions, each of them whole or not at all; their names."""
     texts: dict[str, Callable[[], str]] = {"config.json": lambda: _json(settings)}
@@ -303,11 +276,7 @@ def _write_small(
         (out / INDEX).unlink(missing_ok=True)  # of an earlier export of more files
     for name, text in texts.items():
         write_atomically(out / name, text())
-    for path in companions:
-        temporary = out / (path.name + ".tmp")
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, out / path.name)
-    return [*texts, *(path.name for path in companions)]
+    return [*texts, *copy(beside, out)]
 
 
 def _index(shards: Sequence[_Shard], layout: Layout) -> dict[str, Any]:
