@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def run(out, at):
         if name == at:
             kill()
     advance, left = calibration_inputs.Activations.advance, [int(at.split()[1]) if at.startswith("advance") else -1]
-    def counted(self, layer):
+    def counted(self, layer, *exact):
         batches = []
         def second(*_):
             batches.append(1)
@@ -139,7 +140,7 @@ def run(out, at):
         if not left[0]:
             layer.register_forward_pre_hook(second)
         left[0] -= 1
-        advance(self, layer)
+        advance(self, layer, *exact)
     calibration_inputs.Activations.advance = counted
     stream.quantize_checkpoint(
         checkpoint, "gguf:Q4_0", out, solver="gptq", calibration=ids, offload=True, progress=progress
@@ -197,3 +198,28 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         generate_checkpoint("phi-3.5-mini", folder, num_hidden_layers=layers, **sizes)
         peaks.append(children(folder, [(tmp_path / f"out-{layers}", "")], windows=8)[0])
     assert peaks[1] - peaks[0] < 20e6  # 8 layers more hold 67 MB in bf16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_killed_command_continues(checkpoint: Path, tmp_path: Path) -> None:
+    """Killed as soon as the second layer's first matrix is there; the same command then makes what one run makes."""
+    text = tmp_path / "text.py"
+    text.write_text("def add(a, b):\n    return a + b\n\n\n" * 400)
+
+    def command(out: Path) -> list[str]:
+        options = ["--target", "gguf:Q4_0", "--solver", "gptq", "--calibration", str(text), "--out", str(out)]
+        return [sys.executable, "-m", "phiquant", "quantize", str(checkpoint), *options]
+
+    run = tmp_path / "out" / "calibration"
+    with subprocess.Popen(command(tmp_path / "out"), stderr=subprocess.DEVNULL) as process:
+        while not (run / "model.layers.1.self_attn.qkv_proj.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert run.is_dir()
+    for out in (tmp_path / "out", tmp_path / "whole"):
+        subprocess.run(command(out), check=True, capture_output=True)
+    assert not run.exists()
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
