@@ -46,7 +46,7 @@ sanitize: $(VENV)/.tools
 	$(BIN)/cmake --build build/sanitize -j $(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
-# Fuzzing of what reads foreign bytes, FUZZ_SECONDS (30) a target: the readers, and guided by coverage the C++ (needs clang).
+# Fuzzing of what reads foreign bytes, FUZZ_SECONDS (15) a target: the readers, and guided by coverage the C++ (needs clang).
 fuzz: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" ./.ci/fuzz
 
