@@ -68,7 +68,8 @@ notebooks: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PIP) --no-build-isolation --editable '.[bench]'
-	for name in fake_quant numerics methods activations awq frontier gptq_speed solver_speed qat qat_methods mixed_precision stream tied runtimes export dry_run; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in fake_quant numerics methods activations awq frontier gptq_speed solver_speed qat qat_methods mixed_precision stream tied runtimes export dry_run; do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
+	    [ -z "$$missed" ] || { echo "bars missed:$$missed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tied
+from .auto import is_auto
 from .calibrate import Calibration, token_windows
 from .calibrated_source import CalibratedSource
 from .checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from .recipe import Recipe, as_recipe
 from .solvers import DATA_FREE, NEEDS_STATISTICS
 from .spec import Target
 from .spec import target as find_target
+from .transforms import WITH_TRANSFORMS
 
 __all__ = ["Plan", "peak_memory_here", "plan", "quantize_checkpoint"]
 
@@ -60,6 +62,11 @@ def quantize_checkpoint(
     out, run = Path(out), Path(out) / "calibration"
     if out.exists() and Path(folder).exists() and out.samefile(folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
+    if solver in WITH_TRANSFORMS or is_auto(solver):
+        raise PhiquantError(
+            f"{solver} rewrites or measures the model as a whole, so it cannot stream; hold the model in memory: load, "
+            "quantize, export (which `phiquant quantize` does by itself)"
+        )
     what: Recipe | Target = target if recipe is None else recipe
     writer = find(target.format).writer()
     on_data = solver in NEEDS_STATISTICS or (calibration is not None and solver not in DATA_FREE)
