@@ -6,7 +6,7 @@
 One line for each model, grid and method (kept in --out): perplexity, KL to the float model, loss (nats per token above
 it, paired, with its standard error), same top token, bits per weight with every stored byte counted, seconds, memory
 above the model's own. --peers: a folder of the lines that `python -m quality_peers TOOL` printed, each in an
-environment of its own (quality_peers/README). --report: print the tables and bars of lines measured before.
+environment of its own (quality_peers/README.md). --report: print the tables and bars of lines measured before.
 Bars: gptq at int4 g32 and int3 g32 on phi3-tiny loses <= 0.65x of what rtn loses and has <= 0.6x of its output
 error; at about 4.5, 3.5 and 2.5 bits the best solver's KL is <= 0.9x of the best peer's of as many bits or less.
 """
@@ -117,15 +117,32 @@ DATA_FREE = {"rtn", "mse_exact", "kl", "hqq"}
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    print("| model | tool, method | grid | bits | perplexity | loss | KL | same top | seconds | MiB |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for r in sorted(lines, key=lambda r: (MODELS.index(r["model"]), -round(r["bits"]), r["kl"])):
-        tool = "" if r["tool"] == "phiquant" else r["tool"] + " "
+    """A row for each method on a grid, with both models side by side; seconds and memory are of the first one."""
+    rows: dict[tuple[int, str, str, str], dict[str, dict[str, Any]]] = {}
+    for r in lines:
+        key = (-int(r["bits"]), "" if r["tool"] == "phiquant" else r["tool"], r["method"], r.get("grid") or "")
+        rows.setdefault(key, {})[r["model"]] = r
+    columns = "| perplexity | loss | KL | same top "
+    print("| method | grid | bits " + "".join(columns.replace("| ", f"| {m}: ", 1) for m in MODELS) + "| s | MiB |")
+    print("|---" * (5 + 4 * len(MODELS)) + "|")
+    for (_, tool, method, grid), by_model in sorted(rows.items(), key=lambda row: _rank(*row)):
+        first = next(iter(by_model.values()))
         print(
-            f"| {r['model']} | {tool}{r['method']} | {r.get('grid') or ''} | {r['bits']:.2f} | {r['perplexity']:.2f} | "
-            f"{r['loss']:.4f} +- {r['standard_error']:.4f} | {r['kl']:.4f} | {100 * r['same_top']:.1f} % | "
-            f"{r['seconds']:.1f} | {r['memory'] / 2**20:.0f} |"
+            f"| {f'{tool}: ' if tool else ''}{method} | {grid} | {first['bits']:.2f} |"
+            + "".join(_cells(by_model.get(model)) for model in MODELS)
+            + f" {first['seconds']:.1f} | {first['memory'] / 2**20:.0f} |"
         )
+
+
+def _rank(key: tuple[int, str, str, str], by_model: dict[str, dict[str, Any]]) -> tuple[int, float]:
+    return key[0], min(r["kl"] for r in by_model.values())
+
+
+def _cells(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return " | | | |"
+    loss = f"{r['loss']:.4f} +- {r['standard_error']:.4f}"
+    return f" {r['perplexity']:.2f} | {loss} | {r['kl']:.4f} | {100 * r['same_top']:.1f} % |"
 
 
 def bars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
