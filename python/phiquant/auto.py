@@ -27,6 +27,7 @@ from .errors import PhiquantError
 from .formats.receipt import version
 from .modules import StoredCodes
 from .solvers import SOLVERS
+from .tensor import sampled
 from .transforms import TRANSFORMS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -162,8 +163,7 @@ class _Results:
         facts = f"{grids} {version('phiquant')} {torch.__version__}"
         digest = hashlib.sha256(facts.encode() + ids.contiguous().numpy().tobytes())
         for name, weight in model.named_parameters():
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-            digest.update(name.encode() + some.numpy().tobytes())
+            digest.update(name.encode() + sampled(weight))
         self.fingerprint = digest.hexdigest()
 
     def read(self, name: str) -> Tensor | None:

@@ -20,6 +20,7 @@ from .errors import PhiquantError
 from .extras import need
 from .models import phi
 from .split_linear import projection_name, split
+from .tensor import sampled
 
 
 class Layers(Protocol):
@@ -72,8 +73,7 @@ class ModelLayers:
     def identity(self) -> str:
         digest = hashlib.sha256()
         for name, value in self.model.named_parameters():
-            some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
-            digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+            digest.update(f"{name} {list(value.shape)}".encode() + sampled(value))
         return digest.hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:

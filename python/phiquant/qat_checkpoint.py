@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import PhiquantError
 from .modules import QATEmbedding, QATLinear
+from .tensor import sampled
 
 
 class Checkpoint:
@@ -91,6 +92,5 @@ def fingerprint(
             digest.update(f"{name} {type(quantizer).__name__} {quantizer.spec}".encode())
     on_grid = {f"{n}.weight": m.weight for n, m in student.named_modules() if isinstance(m, QATLinear | QATEmbedding)}
     for name, value in (on_grid | trained).items():
-        some = value.detach().flatten()[:: max(1, value.numel() // 64)].float().cpu()
-        digest.update(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+        digest.update(f"{name} {list(value.shape)}".encode() + sampled(value))
     return digest.hexdigest()

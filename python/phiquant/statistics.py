@@ -117,6 +117,23 @@ class Statistics:
         return self.moments
 
     @property
+    def square_mean(self) -> Tensor:
+        """float32 [K]: mean of x^2 of each input channel, how much an error in its column counts. Errors: `hessian`."""
+        return (self.hessian.diagonal() / self.tokens).float()
+
+    @property
     def abs_mean(self) -> Tensor:
         """float32 [K]: mean of |x| of each input channel."""
         return (self.abs_sum / max(1, self.tokens)).float()
+
+
+def of_inputs(w: Tensor, statistics: Statistics | None, solver: str) -> Statistics:
+    """The statistics again. PhiquantError, in the solver's name, if there are none or w is no matrix of that width."""
+    if statistics is None:
+        raise PhiquantError(f"{solver} needs statistics of the layer's inputs; give calibration data")
+    if w.dim() != 2 or statistics.features != w.shape[1]:
+        raise PhiquantError(
+            f"{solver} takes a matrix of {statistics.features} columns, the inputs of its statistics; "
+            f"this weight is {list(w.shape)}"
+        )
+    return statistics

@@ -40,7 +40,7 @@ def _mse(w: Tensor, spec: QuantSpec, statistics: Statistics | None) -> Quantized
 
 
 def _weights(w: Tensor, statistics: Statistics | None) -> Tensor | None:
-    return None if statistics is None else (statistics.hessian.diagonal() / statistics.tokens).float().to(w.device)
+    return None if statistics is None else statistics.square_mean.to(w.device)
 
 
 SOLVERS: dict[str, Solver] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PhiquantError
 from ..spec import Codebook, QuantSpec
-from ..statistics import Statistics
+from ..statistics import Statistics, of_inputs
 from ..tensor import QuantizedTensor
 from .nearest import mse
 
@@ -34,13 +34,7 @@ def adaround(
     No row's output error is larger than with the nearest codes, which stay where they were better.
     Cost: steps * N * K^2 multiplications. The result is on w's device.
     """
-    if statistics is None:
-        raise PhiquantError("adaround needs statistics of the layer's inputs; give calibration data")
-    if w.dim() != 2 or statistics.features != w.shape[1]:
-        raise PhiquantError(
-            f"adaround takes a matrix of {statistics.features} columns, the inputs of its statistics; "
-            f"this weight is {list(w.shape)}"
-        )
+    statistics = of_inputs(w, statistics, "adaround")
     if isinstance(spec.element, Codebook):
         raise PhiquantError(f"adaround takes grids that are known beforehand, not {spec}; use kmeans or gptq")
     nearest = mse(w, spec)

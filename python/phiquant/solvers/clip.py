@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PhiquantError
 from ..spec import Codebook, QuantSpec
-from ..statistics import Statistics
+from ..statistics import Statistics, of_inputs
 from ..tensor import PARAMETERS, QuantizedTensor
 from .kmeans import kmeans
 from .nearest import mse, rtn
@@ -28,28 +27,19 @@ def clip(w: Tensor, spec: QuantSpec, statistics: Statistics | None = None) -> Qu
     to 1, 0.95, .. 0.55 of the largest: never worse than either. d: the block's errors; H: the block's second
     moments of the input, as AWQ's clip search has it (arXiv 2306.00978). Cost: 11 N K g for blocks of g columns.
     """
-    if statistics is None:
-        raise PhiquantError("clip needs statistics of the layer's inputs; give calibration data")
-    if w.dim() != 2 or statistics.features != w.shape[1]:
-        raise PhiquantError(
-            f"clip takes a matrix of {statistics.features} columns, the inputs of its statistics; "
-            f"this weight is {list(w.shape)}"
-        )
+    statistics = of_inputs(w, statistics, "clip")
+    importance = statistics.square_mean.to(w.device)
     if isinstance(spec.element, Codebook):
-        return kmeans(w, spec, weights=_weights(w, statistics))
+        return kmeans(w, spec, weights=importance)
     blocks = spec.scale_shape(tuple(w.shape)) if spec.two_level is None else spec.super_shape(tuple(w.shape))
     x, hessian = w.float(), statistics.hessian.to(w.device, torch.float32)
-    best = mse(w, spec, _weights(w, statistics))
+    best = mse(w, spec, importance)
     least = _block_errors(best.dequantize() - x, hessian, blocks)
     for candidate in _shrunken(w, spec):
         error = _block_errors(candidate.dequantize() - x, hessian, blocks)
         better = error < least
         best, least = _merged(better, candidate, best), torch.where(better, error, least)
     return best
-
-
-def _weights(w: Tensor, statistics: Statistics) -> Tensor:
-    return (statistics.hessian.diagonal() / max(1, statistics.tokens)).float().to(w.device)
 
 
 def _shrunken(w: Tensor, spec: QuantSpec) -> Iterator[QuantizedTensor]:

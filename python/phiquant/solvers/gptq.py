@@ -78,7 +78,7 @@ def starved(statistics: Statistics) -> bool:
 
 def _nearest(w: Tensor, spec: QuantSpec, statistics: Statistics, grid: str) -> QuantizedTensor:
     """The grid, and the nearest codes on it."""
-    importance = (statistics.hessian.diagonal() / statistics.tokens).float().cpu()
+    importance = statistics.square_mean.cpu()
     if isinstance(spec.element, Codebook):
         return kmeans(w, spec, weights=importance)
     return mse(w, spec, weights=importance) if grid == "mse" else rtn(w, spec)
