@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .learned import Learned, codes_of, largest_level, on_learned_grid, positive, stored, through
+from .learned import Learned, largest_level
+from .learned_gradients import codes_of, on_learned_grid, positive, stored, through
 from .observers import range_arguments
 from .spec import FLOAT_BITS, QuantSpec
 from .spec import spec as read_spec

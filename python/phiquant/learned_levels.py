@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .fake_quant import fake_quantize
-from .learned import Learned, stored, through
+from .learned import Learned
+from .learned_gradients import stored, through
 from .spec import Codebook, PerTensor, QuantSpec
 from .tensor import QuantizedTensor
 

@@ -8,11 +8,7 @@ some choices, each best under another idea of how they add, are quantized and me
 from __future__ import annotations
 
 import copy
-import fnmatch
-import itertools
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,37 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import knapsack, model_source
+from . import knapsack
 from .calibrate import Calibration, token_windows
-from .checkpoint import Checkpoint
-from .checkpoint_source import entries
 from .errors import PhiquantError
 from .evaluate import compare_logits, model_logits
 from .extras import need
-from .formats.registry import FORMATS, find
-from .formats.source import Entry
 from .load import load
-from .models import phi
 from .quantize import quantize
 from .recipe import Recipe
+from .search_space import Grids, Space, recipe_of
 from .sensitivity import Losses, Method, Progress, measure
-from .slices import Slice, slices
 from .solvers import NEEDS_STATISTICS
-from .spec import FLOAT_BITS, FloatName, QuantSpec, Target
-from .spec import spec as read_spec
+from .spec import QuantSpec, Target
 
-STORED = "stored"  # no format: the bits that codes and parameters have, for models that stay in torch
-CANDIDATES: dict[str, tuple[str, ...]] = {
-    "gguf": ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0"),
-    "onnx": ("onnx:uint2-g32", "onnx:uint4-g32", "onnx:uint8-g32"),
-    "openvino": ("openvino:u2-g32", "openvino:u4-g32", "openvino:u8-g32"),
-    "mlx": tuple(f"mlx:{bits}bit-g64" for bits in (2, 3, 4, 5, 6, 8)),
-    "safetensors": ("safetensors:int4-g32", "safetensors:int8-g32"),
-    STORED: tuple(f"int{bits}-g32-sym-f16" for bits in (2, 3, 4, 5, 6, 8)),
-}
 EXPONENTS = (1.0, 1.5, 2.0, 0.75)  # of the losses that are added: above 1, large ones count for more than their sum
 _ROUNDS, _GAP = 8, 1e-3  # tries to come nearer to the bound, and when it is near enough
-_FILES = "no file but the codes"
 
 
 @dataclass(frozen=True)
@@ -114,7 +94,7 @@ def search(
     model: a Phi-3 model in memory, with its tokenizer, or the folder of a checkpoint.
     format: of the file, or "stored": codes and parameters alone, their bits counted. Where it can hold q, k, v or gate,
         up apart, each has a grid of its own; embedding and head may also stay in float.
-    candidates: grids of the format, None: search.CANDIDATES[format]. solver: chooses the codes, also afterwards.
+    candidates: grids of the format, None: search_space.CANDIDATES[format]. solver: chooses the codes, also afterwards.
     keep: names of slices, or shell patterns, that stay in float.
     calibration: as of quantize(); windows: how many of them are used. method, folder: as of sensitivity.measure().
     refine: quantize the model by the best choices and take the one that measures best; None: if method is "kl".
@@ -122,14 +102,14 @@ def search(
     PhiquantError, naming the smallest possible size, if nothing fits.
     """
     ids = _windows(model, calibration, tokenizer)[:windows]
-    room = _Room(model, tokenizer, format, candidates, keep)
-    solved = _Search(room, budget)
+    space = Space(model, tokenizer, format, candidates, keep)
+    solved = _Search(space, budget)
     if budget < solved.smallest:
         raise PhiquantError(
             f"no recipe of these candidates fits into {budget:,} bytes; the smallest possible file takes "
             f"{solved.smallest:,}. Give more, or candidates of fewer bits"
         )
-    solved.losses = measure(model, room.grids, ids, solver, method, folder=folder, progress=progress)
+    solved.losses = measure(model, space.grids, ids, solver, method, folder=folder, progress=progress)
     best, bound = solved.fitting(1.0)
     tried: list[tuple[float, float, float]] = []
     measured = None
@@ -154,7 +134,7 @@ def search(
         loss=solved.loss(best),
         bound=min(bound, solved.loss(best)),
         measured=measured,
-        chosen={name: "float" if spec is None else room.words[spec] for name, spec in grids.items()},
+        chosen={name: "float" if spec is None else space.words[spec] for name, spec in grids.items()},
         losses=solved.losses,
         tried=tried,
         frontier=solved.frontier(),
@@ -179,143 +159,6 @@ def joint_kl(model: nn.Module, recipe: Recipe, ids: torch.Tensor, solver: str = 
     return compare_logits(rows, model_logits(quantized, rows), model_logits(model, rows)).kl
 
 
-Grids = dict[str, QuantSpec | None]  # by the name of a slice; None: float
-
-
-class _Room:
-    """What can be chosen in a format, and what it takes there."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        format: str,
-        candidates: Sequence[str | QuantSpec | Target] | None,
-        keep: Sequence[str],
-    ) -> None:
-        if format != STORED and not hasattr(find(format).writer(), "nbytes"):
-            known = [name for name in FORMATS if name in CANDIDATES]
-            raise PhiquantError(f"there is no search for {format}; for {', '.join(known)} and {STORED!r} there is")
-        self.format, self.words = format, {}
-        for word in candidates or CANDIDATES[format]:
-            spec = read_spec(word)
-            self.words[spec] = word.name if isinstance(word, Target) else str(word)
-        self._model(model, tokenizer)
-        self._sizes: dict[tuple[str, QuantSpec | None], int] = {}
-        self._why: PhiquantError | None = None
-        self.slices = slices(self.config, self._splits)
-        self.grids: dict[Slice, list[QuantSpec]] = {}
-        for one in self.slices:
-            kept = any(fnmatch.fnmatchcase(one.name, pattern) for pattern in keep)
-            fitting = [spec for spec in self.words if self.nbytes(one.name, one.shape, spec) is not None]
-            self.grids[one] = [] if kept else fitting
-            if not fitting and not kept and one.layer is not None:
-                raise PhiquantError(f"no candidate fits {one.name} {list(one.shape)}: {self._why}")
-
-    def nbytes(self, module: str, shape: tuple[int, ...], spec: QuantSpec | None) -> int | None:
-        """What that weight takes on that grid; None if the format cannot hold it."""
-        key = (module, spec)
-        if key not in self._sizes:
-            entry = Entry(f"{module}.weight", shape, spec, self._dtype(f"{phi.fused_name(module)}.weight"))
-            try:
-                if spec is not None:
-                    spec.scale_shape(shape)
-                self._sizes[key] = self._bytes(entry)
-            except (PhiquantError, ValueError) as error:
-                self._why = error if isinstance(error, PhiquantError) else PhiquantError(str(error))
-                self._sizes[key] = -1
-        return None if self._sizes[key] < 0 else self._sizes[key]
-
-    def groups(self) -> Iterator[list[tuple[int, Grids]]]:
-        """For each weight of the model what can be done with it: the bytes, and the grids of its slices."""
-        for module, parts in itertools.groupby(self.slices, lambda one: one.module):
-            inside = list(parts)
-            if len(inside) > 1:
-                yield list(self._combinations(module, inside))
-                continue
-            (one,) = inside
-            free: list[QuantSpec | None] = [None] if one.layer is None or not self.grids[one] else []
-            yield [
-                (size, {one.name: spec})
-                for spec in [*self.grids[one], *free]
-                if (size := self.nbytes(one.name, one.shape, spec)) is not None
-            ]
-
-    def files(self, grids: Grids) -> dict[str, int]:
-        """Exact bytes of every file of a model with these grids."""
-        specs = recipe_of(grids, self.config).resolve(self._matrices())
-        made = [entry for _, _, entry in entries(self.config, specs, self._dtype)]
-        if self.format == STORED:
-            return {_FILES: sum(self._bytes(entry) for entry in made)}
-        return find(self.format).writer().sizes(_Blank(made, dict(self.config), self._tokenizer))
-
-    def _combinations(self, module: str, inside: Sequence[Slice]) -> Iterator[tuple[int, Grids]]:
-        shape = (sum(one.shape[0] for one in inside), inside[0].shape[1])
-        offers: list[Sequence[QuantSpec | None]] = [self.grids[one] or [None] for one in inside]
-        for specs in itertools.product(*offers):
-            grids: Grids = {one.name: spec for one, spec in zip(inside, specs, strict=True)}
-            if len(set(specs)) == 1:
-                size = self.nbytes(module, shape, specs[0])  # one tensor
-            else:
-                size = sum(self.nbytes(one.name, one.shape, grids[one.name]) or 0 for one in inside)
-            if size is not None:
-                yield size, grids
-
-    def _splits(self, module: str) -> bool:
-        rows = phi.fused_rows(self.config, module)
-        columns = dict(phi.tensors(self.config))[f"{module}.weight"][1]
-        shapes = {name: (at.stop - at.start, columns) for name, at in rows.items()}
-        return any(
-            all(self.nbytes(name, shape, spec) is not None for name, shape in shapes.items()) for spec in self.words
-        )
-
-    def _bytes(self, entry: Entry) -> int:
-        if self.format != STORED:
-            return int(find(self.format).writer().nbytes(entry, self.config))
-        bits = FLOAT_BITS[entry.dtype] if entry.spec is None else entry.spec.bits_per_weight(entry.shape)
-        return math.ceil(entry.numel * bits / 8)
-
-    def _matrices(self) -> list[str]:
-        names = [name.removesuffix(".weight") for name, _ in phi.tensors(self.config)]
-        tied = [phi.HEAD] if phi.sizes(self.config).tied else []
-        return [name for name in names if phi.is_matrix(name)] + tied
-
-    def _model(self, model: Any, tokenizer: Any) -> None:
-        if isinstance(model, str | Path):
-            checkpoint = Checkpoint(model)
-            self.config: Mapping[str, Any] = checkpoint.config
-            self._tokenizer: Path | None = checkpoint.folder
-            self._dtype: Callable[[str], FloatName] = checkpoint.dtype
-            return
-        self.config = model_source.config_of(model)
-        narrow = {name: model_source.narrowest(value.detach()) for name, value in model.named_parameters()}
-        dtypes: dict[str, FloatName] = {name: narrow[name] for name, _ in phi.tensors(self.config)}
-        self._dtype = dtypes.__getitem__
-        self._kept = tempfile.TemporaryDirectory(prefix="phiquant-")
-        self._tokenizer = model_source.save_companions(model, tokenizer, Path(self._kept.name))
-
-
-@dataclass(frozen=True)
-class _Blank:
-    """A source of sizes, not of values."""
-
-    entries: Sequence[Entry]
-    config: dict[str, Any]
-    tokenizer_dir: Path | None
-    fingerprint: str = ""
-
-    def read(self, entry: Entry, rows: slice | None = None) -> Any:
-        raise NotImplementedError
-
-
-def recipe_of(grids: Grids, config: Mapping[str, Any]) -> Recipe:
-    """A rule for each slice by name; a tied head goes with the embedding."""
-    rules: Grids = dict(grids)
-    if phi.sizes(config).tied:
-        rules[phi.HEAD] = rules[phi.EMBEDDING]
-    return Recipe({name: "float" if spec is None else spec for name, spec in rules.items()})
-
-
 def _apart(grids: Grids) -> bool:
     return len(set(grids.values())) > 1
 
@@ -329,14 +172,14 @@ def _smallest(group: Sequence[tuple[int, Grids]], apart: bool | None = None) -> 
 class _Search:
     """The knapsack of one budget: what is beside the tensors in a file depends, a little, on what is chosen."""
 
-    def __init__(self, room: _Room, budget: int) -> None:
-        self.room, self.budget = room, budget
+    def __init__(self, space: Space, budget: int) -> None:
+        self.space, self.budget = space, budget
         self.losses: Losses = {}
         self._exact: dict[tuple[int, ...], int] = {}
-        self._groups = list(room.groups())
+        self._groups = list(space.groups())
         self._add_splitting()
         least = self._choice([_smallest(group) for group in self._groups])
-        self._uniform = {word: choice for spec, word in room.words.items() if (choice := self._same(spec))}
+        self._uniform = {word: choice for spec, word in space.words.items() if (choice := self._same(spec))}
         self._least = min(self._beside(choice) for choice in (least, *self._uniform.values()))
         self.smallest, self._floor = self.exact(least), least.bytes
 
@@ -371,7 +214,7 @@ class _Search:
     def exact(self, choice: knapsack.Choice) -> int:
         """Bytes of all files."""
         if choice.options not in self._exact:
-            self._exact[choice.options] = sum(self.room.files(self.grids(choice)).values())
+            self._exact[choice.options] = sum(self.space.files(self.grids(choice)).values())
         return self._exact[choice.options]
 
     def grids(self, choice: knapsack.Choice) -> Grids:
@@ -381,7 +224,7 @@ class _Search:
         return made
 
     def recipe(self, choice: knapsack.Choice) -> Recipe:
-        return recipe_of(self.grids(choice), self.room.config)
+        return recipe_of(self.grids(choice), self.space.config)
 
     def loss(self, choice: knapsack.Choice) -> float:
         return sum(self._one(name, spec) for name, spec in self.grids(choice).items())

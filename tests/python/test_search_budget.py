@@ -12,7 +12,8 @@ import torch
 from phiquant import PhiquantError
 from phiquant.cli.search import read_bytes
 from phiquant.models import phi
-from phiquant.search import STORED, _Room, joint_kl, recipe_of, search
+from phiquant.search import joint_kl, search
+from phiquant.search_space import STORED, Space, recipe_of
 from test_cli import run, run_json
 
 GGUF = ("gguf:Q2_K", "gguf:Q4_K", "gguf:Q8_0")
@@ -73,13 +74,13 @@ def test_no_other_recipe_that_fits_loses_less(small, share):
     model, tokenizer, ids = small
     keep = ("model.layers.1.*", "*.gate_up_proj", phi.EMBEDDING, phi.HEAD)
     arguments = {"candidates": GGUF[:2], "keep": keep, "calibration": ids, "tokenizer": tokenizer}
-    room = _Room(model, tokenizer, "gguf", GGUF[:2], keep)
-    names = [one.name for one in room.slices if room.grids[one]]
+    space = Space(model, tokenizer, "gguf", GGUF[:2], keep)
+    names = [one.name for one in space.slices if space.grids[one]]
     assert len(names) == 5
     specs = [pq.spec(name) for name in GGUF[:2]]
-    fixed = {one.name: None for one in room.slices if not room.grids[one]}
+    fixed = {one.name: None for one in space.slices if not space.grids[one]}
     every = [dict(zip(names, grids, strict=True)) for grids in itertools.product(specs, repeat=len(names))]
-    bytes_of = [sum(room.files(fixed | grids).values()) for grids in every]
+    bytes_of = [sum(space.files(fixed | grids).values()) for grids in every]
     budget = int(min(bytes_of) + share * (max(bytes_of) - min(bytes_of)))
     found = search(model, "gguf", budget, **arguments)
     losses = [sum(found.losses[name][str(spec)] for name, spec in grids.items()) for grids in every]
@@ -180,8 +181,8 @@ def test_three_and_a_half_bits_beat_the_simple_rules(phi3_tiny):
     halves = [(0, 1), (2, 3), (0, 2), (1, 3)]
     rules = [pq.Recipe({f"model.layers.{i}.*": grids[3] for i in low}, default=grids[4]) for low in halves]
     options = {"candidates": list(grids.values()), "keep": (phi.EMBEDDING, phi.HEAD), "calibration": ids}
-    room = _Room(model, None, STORED, options["candidates"], options["keep"])
-    budget = sum(room.files({one.name: rules[0].spec_for(one.name) for one in room.slices}).values())
+    space = Space(model, None, STORED, options["candidates"], options["keep"])
+    budget = sum(space.files({one.name: rules[0].spec_for(one.name) for one in space.slices}).values())
     found = search(model, STORED, budget, **options, method="proxy")
 
     def logits(recipe):

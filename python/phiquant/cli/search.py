@@ -10,8 +10,9 @@ import typer
 
 from ..formats.partial import write_atomically
 from ..load import EMBEDDED
-from ..search import CANDIDATES, Found
+from ..search import Found
 from ..search import search as find_recipe
+from ..search_space import CANDIDATES
 from ..spec import spec as read_spec
 from .arguments import (
     CheckpointArg,
