@@ -68,7 +68,7 @@ notebooks: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PIP) --no-build-isolation --editable '.[bench]'
-	for name in fake_quant numerics methods activations awq frontier gptq_speed solver_speed qat qat_methods mixed_precision stream tied runtimes export dry_run; do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
+	for name in fake_quant numerics methods activations awq frontier frontier_files gptq_speed solver_speed qat qat_methods mixed_precision stream tied runtimes export dry_run; do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
 	    [ -z "$$missed" ] || { echo "bars missed:$$missed"; exit 1; }
 
 clean:

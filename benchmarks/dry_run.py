@@ -1,7 +1,8 @@
 """Full-size dry runs: checkpoints of the shapes of Phi-3.5-mini and Phi-4-mini, planned, then quantized, disk to disk.
 
     python benchmarks/dry_run.py [--models phi-3.5-mini,phi-4-mini] [--solvers rtn,mse] [--folder DIR] [--json]
-    python benchmarks/dry_run.py --calibrated [--solvers gptq]      a smaller one, solved on data
+    python benchmarks/dry_run.py --calibrated smaller [--solvers gptq]      0.21 G parameters, solved on data
+    python benchmarks/dry_run.py --calibrated wide      four layers of Phi-3.5-mini's own widths, 0.65 G parameters
 
 Bars: each completes; peak memory <= 2 GiB (data-free); time and memory within 20 % of what plan() said. Each run is a
 fresh process that plans and then quantizes, so that a busy machine slows both. The weights are random: 7.6 GB on
@@ -23,10 +24,11 @@ from common import machine
 from phiquant.testing import generate_checkpoint
 
 MEMORY_BAR, WITHIN = 2 << 30, 0.2
-# 0.21 G parameters; 5120 tokens are what gptq wants of the 2560 inputs of down_proj.
 SMALLER = {"hidden_size": 1280, "intermediate_size": 2560, "num_attention_heads": 20, "num_key_value_heads": 20}
 SMALLER |= {"num_hidden_layers": 8, "rope_scaling": None, "sliding_window": None}
-WINDOWS, WINDOW = 10, 512
+# Changes to Phi-3.5-mini's config, and windows: gptq wants two tokens for each of the inputs of down_proj.
+CALIBRATED: dict[str, tuple[dict[str, Any], int]] = {"smaller": (SMALLER, 10), "wide": ({"num_hidden_layers": 4}, 32)}
+WINDOW = 512
 CHILD = """
 import json, sys, time
 from pathlib import Path
@@ -86,26 +88,27 @@ def main() -> None:
     parser.add_argument("--models", default="phi-3.5-mini,phi-4-mini")
     parser.add_argument("--solvers")
     parser.add_argument("--target", default="gguf:Q4_0")
-    parser.add_argument("--calibrated", action="store_true")
+    parser.add_argument("--calibrated", choices=CALIBRATED)
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--checkpoints", type=Path, help="where generated checkpoints are kept, and found")
     arguments = parser.parse_args()
     solvers = (arguments.solvers or ("gptq" if arguments.calibrated else "rtn,mse")).split(",")
     names = ["phi-3.5-mini"] if arguments.calibrated else arguments.models.split(",")
+    changes, windows = CALIBRATED.get(arguments.calibrated, ({}, 0))
     rows = []
     if not arguments.json:
         print(machine())
     for name in names:
         with tempfile.TemporaryDirectory(prefix="phiquant-dry-run-", dir=arguments.folder) as place:
             kept = arguments.checkpoints or Path(place)
-            checkpoint = kept / (f"{name}-smaller" if arguments.calibrated else name)
+            checkpoint = kept / (f"{name}-{arguments.calibrated}" if arguments.calibrated else name)
             if not (checkpoint / "model.safetensors.index.json").exists():
-                generate_checkpoint(name, checkpoint, **(SMALLER if arguments.calibrated else {}))
+                generate_checkpoint(name, checkpoint, **changes)
             for solver in solvers:
                 out = Path(place) / solver
-                run = dry_run(checkpoint, out, arguments.target, solver, WINDOWS if arguments.calibrated else 0)
+                run = dry_run(checkpoint, out, arguments.target, solver, windows)
                 shutil.rmtree(out)
-                rows.append(judged(checkpoint.name, solver, run, arguments.calibrated))
+                rows.append(judged(checkpoint.name, solver, run, bool(arguments.calibrated)))
                 if not arguments.json:
                     show(rows[-1])
     if arguments.json:

@@ -26,6 +26,7 @@ ROUNDS = 4
 _ENOUGH = 0.005  # a round that lowers the error by less than this share is the last
 _DAMPING = 0.01  # times the mean of H's diagonal, as in gptq
 _VALUES = 1 << 22  # of some rows, refined at a time
+_TOGETHER = 256  # columns that are refined before the others learn of it, by one matrix product
 _MOST_LEVELS = 32  # of a codebook whose levels are fitted: a matrix product for each
 _WIDE, _NARROW = (1, 0.8, 0.86, 0.92, 0.96, 1.04, 1.08), (1, 0.96, 1.04)  # of the ideal scale: first, and later
 
@@ -100,12 +101,9 @@ class _Rows:
         self.codes = start.codes.T.contiguous()
         self.book = start.codebook if apart else None
         self.grid = ScaledGrid(start) if apart and start.scales is not None else None
-        self.reset()
-
-    def reset(self) -> None:
-        """Values and gradient from what is stored: no rounding adds up."""
-        self.values = self.quantized().dequantize().T.contiguous()
-        self.gradient = self.hessian @ (self.weight - self.values)
+        self.values = start.dequantize().T.contiguous()
+        self.gradient = hessian @ (self.weight - self.values)
+        self.fixed = kernel_grid(start, len(w))
 
     def quantized(self) -> QuantizedTensor:
         codes = self.codes.T.contiguous()
@@ -121,23 +119,49 @@ class _Rows:
     def refined(self, rounds: int) -> QuantizedTensor:
         before = self.error()
         for number in range(rounds):
-            if self.grid is not None:
-                self._move_groups(self.grid, _WIDE if number < 2 else _NARROW)
-                self._fit_super_blocks(self.grid)
-            if self.book is not None and self.book.shape[1] <= _MOST_LEVELS:
-                self._fit_levels(self.book)
-            self.sweep()
-            self.reset()
+            for near in self._stretches():
+                old = self.values[near].clone()
+                self._refine(near, _WIDE if number < 2 else _NARROW)
+                change = self.values[near] - old
+                for far in (slice(0, near.start), slice(near.stop, len(self.weight))):
+                    self.gradient[far] -= self.hessian[far, near] @ change
             if (after := self.error()) > (1 - _ENOUGH) * before:
                 break
             before = after
         return self.quantized()
 
-    def sweep(self) -> None:
+    def _stretches(self) -> list[slice]:
+        """Columns that are refined in one go, before the gradient of all others learns of it: whole blocks of them."""
+        blocks = 1
+        if self.grid is not None:
+            blocks = self.grid.super_blocks or self.grid.groups
+        elif self.book is not None:
+            blocks = self.book.shape[0] // self.weight.shape[1]
+        columns = len(self.weight)
+        width = columns // blocks * max(1, _TOGETHER * blocks // columns)
+        return [slice(first, min(first + width, columns)) for first in range(0, columns, width)]
+
+    def _refine(self, near: slice, factors: Sequence[float]) -> None:
+        """All moves in some columns; only their gradient follows."""
+        if self.grid is not None:
+            self._move_groups(self.grid, near, factors)
+            self._fit_super_blocks(self.grid, near)
+        if self.book is not None and self.book.shape[1] <= _MOST_LEVELS:
+            self._fit_levels(self.book, near)
+        self._sweep(near)
+
+    def _kernel_grid(self) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        if self.grid is not None:
+            return self.grid.scale, self.grid.offset, self.fixed[2]
+        if self.book is not None:
+            return kernel_grid(dataclasses.replace(self.start, codebook=self.book), self.weight.shape[1])
+        return self.fixed
+
+    def _sweep(self, near: slice) -> None:
         """Each code in turn becomes the best one, all others as they are: coordinate descent by GPTQ's own kernel."""
-        scale, offset, arguments = kernel_grid(self.quantized(), self.weight.shape[1])
+        scale, offset, arguments = self._kernel_grid()
         diagonal = self.hessian.diagonal()[:, None]
-        for a, b in from_the_last(0, len(self.weight), ops.GPTQ_COLUMNS):
+        for a, b in from_the_last(near.start, near.stop, ops.GPTQ_COLUMNS):
             run = slice(a, b)
             feedback = self.hessian[run, run] / diagonal[run]
             error = self.weight[run] - self.values[run]
@@ -146,22 +170,22 @@ class _Rows:
             left = self.weight[run].clone()
             places = torch.arange(a, b)
             ops.gptq_run(target, left, feedback.contiguous(), places, scale, offset, self.codes, **arguments)
-            self.gradient += self.hessian[:, run] @ (left - error)
-            self.values[run] = self.weight[run] - left
+            self._add(run, error - left, near)
 
-    def _move_groups(self, grid: ScaledGrid, factors: Sequence[float]) -> None:
+    def _move_groups(self, grid: ScaledGrid, near: slice, factors: Sequence[float]) -> None:
         width = len(self.weight) // grid.groups
-        for group in range(grid.groups):
+        for group in range(near.start // width, near.stop // width):
             columns = slice(group * width, (group + 1) * width)
             if width <= ops.GPTQ_COLUMNS:
-                self._search(grid, group, columns, factors)
+                self._search(grid, group, columns, near, factors)
             else:
-                self._fit_group(grid, group, columns)
+                self._fit_group(grid, group, columns, near)
 
-    def _search(self, grid: ScaledGrid, group: int, columns: slice, factors: Sequence[float]) -> None:
+    def _search(self, grid: ScaledGrid, group: int, columns: slice, near: slice, factors: Sequence[float]) -> None:
         """The best of some parameters for a group, each with the codes that GPTQ finds for it, all else as it is.
 
-        What the other columns leave to this group is a target in the metric of its own part of H.
+        What the other columns leave to this group is a target in the metric of its own part of H. near: the columns
+        whose gradient follows.
         """
         metric = self.hessian[columns, columns]
         lower = torch.linalg.cholesky(metric)
@@ -181,7 +205,7 @@ class _Rows:
         chosen = which * rows + torch.arange(rows)
         change = torch.where(better, now - left[:, chosen], 0)
         self.codes[columns] = torch.where(better, codes[:, chosen], self.codes[columns])
-        self._add(columns, change)
+        self._add(columns, change, near)
         grid.take(group, better, which, proposals)
 
     def _ideal(
@@ -205,7 +229,7 @@ class _Rows:
         good = (determinant > 1e-6 * uu * oo) & (found * scale > 0)
         return torch.where(good, found, scale), torch.where(good, low, grid.offset[group])
 
-    def _fit_group(self, grid: ScaledGrid, group: int, columns: slice) -> None:
+    def _fit_group(self, grid: ScaledGrid, group: int, columns: slice, near: slice) -> None:
         """The scale (and minimum) of a long group by least squares, its codes as they are."""
         metric, target = self.hessian[columns, columns], self.weight
         if grid.groups > 1:
@@ -218,16 +242,15 @@ class _Rows:
             values = proposal.scale * unit + proposal.offset
         else:
             values = proposal.scale * (unit if proposal.offset is None else unit - proposal.offset)
-        better = self._improve(columns, values - self.values[columns])
+        better = self._improve(columns, values - self.values[columns], near)
         grid.take(group, better, torch.zeros_like(better, dtype=torch.long), [proposal])
 
-    def _fit_super_blocks(self, grid: ScaledGrid) -> None:
+    def _fit_super_blocks(self, grid: ScaledGrid, near: slice) -> None:
         """The scales of scales by least squares, where each row has its own."""
-        if not grid.upper or grid.upper["scales"].shape[1] < self.weight.shape[1]:
+        if not grid.super_blocks:
             return
-        blocks = len(grid.upper["scales"])
-        width, groups = len(self.weight) // blocks, grid.groups // blocks
-        for block in range(blocks):
+        width, groups = len(self.weight) // grid.super_blocks, grid.groups // grid.super_blocks
+        for block in range(near.start // width, near.stop // width):
             columns, inside = slice(block * width, (block + 1) * width), slice(block * groups, (block + 1) * groups)
             spread = {name: p[inside].repeat_interleave(width // groups, 0) for name, p in grid.stored.items()}
             bases = [spread["scales"] * grid.unit(self.codes[columns])]
@@ -236,23 +259,23 @@ class _Rows:
             change = dict(zip(grid.stored, self._least_squares(columns, len(bases), bases.__getitem__), strict=True))
             fitted = grid.fit_upper(change, block)
             moves = [(fitted[name] - grid.upper[name][block]) * b for name, b in zip(grid.stored, bases, strict=True)]
-            better = self._improve(columns, sum(moves[1:], moves[0]))
+            better = self._improve(columns, sum(moves[1:], moves[0]), near)
             for name, value in fitted.items():
                 grid.upper[name][block] = torch.where(better, value, grid.upper[name][block])
         grid.refresh()
 
-    def _fit_levels(self, book: Tensor) -> None:
+    def _fit_levels(self, book: Tensor, near: slice) -> None:
         """The levels of codebooks by least squares, and in ascending order again."""
         rows, count = self.weight.shape[1], book.shape[1]
         levels = book.float().reshape(rows, -1, count)
         width = len(self.weight) // levels.shape[1]
-        for group in range(levels.shape[1]):
+        for group in range(near.start // width, near.stop // width):
             columns = slice(group * width, (group + 1) * width)
             codes = self.codes[columns].long()
             change = self._least_squares(columns, count, partial(_where, codes))
             old = levels[:, group]
             new = stored_as(old + change.T, self.start.spec.scale_dtype)
-            better = self._improve(columns, (new - old).T.gather(0, codes))
+            better = self._improve(columns, (new - old).T.gather(0, codes), near)
             ordered, places = torch.where(better[:, None], new, old).sort(dim=1, stable=True)
             levels[:, group] = ordered
             self.codes[columns] = places.argsort(dim=1).T.gather(0, codes).to(self.codes.dtype)
@@ -274,13 +297,13 @@ class _Rows:
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
         return torch.linalg.solve(normal, right).T.float()
 
-    def _improve(self, columns: slice, change: Tensor) -> Tensor:
+    def _improve(self, columns: slice, change: Tensor, near: slice) -> Tensor:
         """Adds `change` to the values of some columns in the rows, returned as a mask, where the error falls."""
         metric, gradient = self.hessian[columns, columns], self.gradient[columns]
         better = (change * (metric @ change - 2 * gradient)).sum(0) < 0
-        self._add(columns, torch.where(better, change, 0))
+        self._add(columns, torch.where(better, change, 0), near)
         return better
 
-    def _add(self, columns: slice, change: Tensor) -> None:
+    def _add(self, columns: slice, change: Tensor, near: slice) -> None:
         self.values[columns] += change
-        self.gradient -= self.hessian[:, columns] @ change
+        self.gradient[near] -= self.hessian[near, columns] @ change

@@ -31,7 +31,8 @@ class ScaledGrid:
     """Scales of each row, with zero points or minimums, in one level or two.
 
     stored: [G, N] what a file holds. scale, offset: [G, N] what the values of codes are computed from; offset is
-    None, zero points or minimums. upper: the super-blocks' scales by the name of what they scale, [S, N] or [S, 1].
+    None, zero points or minimums. upper: the super-blocks' scales by the name of what they scale, [S, N] or [S, 1];
+    super_blocks: S where each row has its own, else 0.
     """
 
     def __init__(self, quantized: QuantizedTensor) -> None:
@@ -40,6 +41,8 @@ class ScaledGrid:
         self.upper = {name.removeprefix("super_"): p for name, p in parts.items() if name.startswith("super_")}
         self.stored: Stored = {name: p for name, p in parts.items() if not name.startswith("super_")}
         self.groups, self.minimum = len(self.stored["scales"]), "minimums" in self.stored
+        each_row = bool(self.upper) and self.upper["scales"].shape[1] == len(quantized.codes)
+        self.super_blocks = len(self.upper["scales"]) if each_row else 0
         self.scale, self.offset = self._effective(range(self.groups), self.stored)
 
     def _step(self, name: str, groups: Any) -> Tensor | float:
