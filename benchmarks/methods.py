@@ -8,7 +8,7 @@ it, paired, with its standard error), same top token, bits per weight with every
 above the model's own. --peers: a folder of the lines that `python -m quality_peers TOOL` printed, each in an
 environment of its own (quality_peers/README.md). --report: print the tables and bars of lines measured before.
 Bars: gptq at int4 g32 and int3 g32 on phi3-tiny loses <= 0.65x of what rtn loses and has <= 0.6x of its output
-error; at about 4.5, 3.5 and 2.5 bits the best solver's KL is <= 0.9x of the best peer's of as many bits or less.
+error; at about 4.5, 3.5 and 2.5 bits the best solver's KL is <= 0.9x of the best peer's of as many bits or more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ BUDGETS = (4.63, 3.63, 2.63)  # what a peer of "about 4.5" bits may have: int4 a
 
 # method -> (solver, transforms, grids by their bits); grids of integers unless told
 INTEGERS = ("uint{}-g32-asym-f16",)
-K_QUANTS = ("q{}_k",)  # of 2, 3 and 4 bits
+K_QUANTS = ("q{}_k", "uint{}-g32-min-f16-uint6/256")  # of 2, 3 and 4 bits; the second has half a bit beside the codes
 METHODS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "rtn": ("rtn", (), ("int{}-g32-sym", *INTEGERS)),
     "mse": ("mse", (), INTEGERS),
@@ -156,13 +156,16 @@ def bars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
     for model in MODELS:
         for most in BUDGETS:
             within = [r for r in lines if r["model"] == model and most - 1 < r["bits"] <= most]
-            best = [min((r for r in within if (r["tool"] == "phiquant") is we), key=lambda r: r["kl"], default=None)
-                    for we in (True, False)]  # fmt: skip
-            if all(best):
-                mine, peer = best
+            peer = _best(r for r in within if r["tool"] != "phiquant")
+            mine = _best(r for r in within if r["tool"] == "phiquant" and peer and r["bits"] <= peer["bits"])
+            if mine and peer:
                 what = f"{model}, up to {most} bits: {mine['method']} {mine['grid']} ({mine['bits']:.2f}) against "
                 what += f"{peer['tool']} {peer['method']} ({peer['bits']:.2f})"
                 yield what, mine["kl"] / peer["kl"], PEER_BAR
+
+
+def _best(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    return min(lines, key=lambda r: r["kl"], default=None)
 
 
 def report(lines: list[dict[str, Any]]) -> bool:

@@ -99,14 +99,9 @@ class CheckpointLayers:
     """
 
     def __init__(self, checkpoint: Checkpoint, split_names: Iterable[str] = ()) -> None:
-        transformers = need("transformers", extra="hf")
         self.checkpoint, self.device = checkpoint, torch.device("cpu")
-        config = transformers.Phi3Config.from_pretrained(checkpoint.folder, local_files_only=True)
-        with torch.device("meta"):
-            self.model = transformers.Phi3ForCausalLM(config).float().eval()
-        body = self.model.model
-        body.rotary_emb = type(body.rotary_emb)(config)  # its tables are computed, not stored
-        self.count, self.tied = len(body.layers), phi.sizes(checkpoint.config).tied
+        self.model = empty_model(checkpoint).float().eval()
+        self.count, self.tied = len(self.model.model.layers), phi.sizes(checkpoint.config).tied
         with split(self.model, split_names):
             pass
 
@@ -141,6 +136,16 @@ class CheckpointLayers:
         for name, parameter in module.named_parameters(prefix=path):
             parameter.data.copy_(self.weight(name.removesuffix(".weight")))
         return module
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """The Phi3ForCausalLM of a checkpoint, its weights on the meta device; rotary tables are computed, not stored."""
+    transformers = need("transformers", extra="hf")
+    config = transformers.Phi3Config.from_pretrained(checkpoint.folder, local_files_only=True)
+    with torch.device("meta"):
+        model = transformers.Phi3ForCausalLM(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 class Stop(Exception):

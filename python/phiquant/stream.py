@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from .errors import PhiquantError
 from .export import claim_folder, sign
 from .formats import receipt as receipts
 from .formats.registry import find
-from .formats.source import Progress
+from .formats.source import Entry, Progress
 from .load import load_tokenizer
+from .models import phi
 from .plan import Plan, peak_memory_here, plan
 from .ranks import ALONE, Ranks
 from .recipe import Recipe, as_recipe
+from .rewritten import rewrite
 from .solvers import DATA_FREE, NEEDS_STATISTICS
 from .spec import Target
 from .spec import target as find_target
-from .transforms import WITH_TRANSFORMS
+from .transforms import NEEDS_DATA, WITH_TRANSFORMS
 
 __all__ = ["Plan", "peak_memory_here", "plan", "quantize_checkpoint"]
 
@@ -40,6 +44,7 @@ def quantize_checkpoint(
     offload: bool = False,
     embedding: str | None = None,
     tolerance: float = tied.TOLERANCE,
+    transforms: Sequence[str] = (),
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     **options: Any,
@@ -54,6 +59,8 @@ def quantize_checkpoint(
     embedding: the target of the table that embedding and head share, or "auto": the smallest of tied.CANDIDATES whose
     KL from the float model, alone in it, is at most `tolerance` nats a token on the last of the calibration windows;
     the receipt's "embedding" tells what each lost.
+    transforms: rewrites that come first and leave the float function alone (see `transform`), ["smooth"]; made in a
+        copy of the checkpoint in `out`/calibration, as large as it is, that is removed in the end.
     progress: called with (module, modules done, modules in all) while codes are chosen on data, then with (tensor,
     bytes written, bytes in all). options: of the format's writer.
     ranks: processes that all make this call and share the calibration (docs/training-engines.md); rank 0 writes.
@@ -62,20 +69,28 @@ def quantize_checkpoint(
     out, run = Path(out), Path(out) / "calibration"
     if out.exists() and Path(folder).exists() and out.samefile(folder):
         raise PhiquantError(f"{out} is the checkpoint itself; choose another folder for the output")
-    if solver in WITH_TRANSFORMS or is_auto(solver):
+    if is_auto(solver):
         raise PhiquantError(
-            f"{solver} rewrites or measures the model as a whole, so it cannot stream; hold the model in memory: load, "
-            "quantize, export (which `phiquant quantize` does by itself)"
+            f"{solver} measures whole models, so it cannot stream; hold the model in memory: load, quantize, export "
+            "(which `phiquant quantize` does by itself)"
         )
+    before, solver = WITH_TRANSFORMS.get(solver, ((), solver))
+    transforms = (*transforms, *before)
     what: Recipe | Target = target if recipe is None else recipe
     writer = find(target.format).writer()
     on_data = solver in NEEDS_STATISTICS or (calibration is not None and solver not in DATA_FREE)
-    ids = token_windows(calibration, load_tokenizer(folder)) if on_data or embedding == "auto" else None
-    if ranks.world > 1 and (not on_data or embedding == "auto"):
-        what_not = "--embedding auto" if on_data else f"{solver} without calibration"
+    wanted = on_data or embedding == "auto" or any(name.partition(":")[0] in NEEDS_DATA for name in transforms)
+    ids = token_windows(calibration, load_tokenizer(folder)) if wanted else None
+    if ranks.world > 1 and (not on_data or embedding == "auto" or transforms):
+        what_not = transforms[0] if transforms else "--embedding auto" if on_data else f"{solver} without calibration"
         raise PhiquantError(f"{what_not} has nothing that {ranks.world} processes could share; run it in one")
     if ranks.first:
         claim_folder(out, target.format)
+    told: list[dict[str, Any]] = []
+    if transforms:
+        specs = {name: e.spec for e in CheckpointSource(folder, what).entries if phi.is_matrix(name := e.module)}
+        told = rewrite(folder, run / "rewritten", transforms, specs, ids)
+        folder = run / "rewritten"
     choice = None
     if embedding is not None:
         rules = as_recipe(what, Checkpoint(folder).config)
@@ -87,8 +102,10 @@ def quantize_checkpoint(
     source: CheckpointSource
     if ids is None or not on_data:
         source = CheckpointSource(folder, what, solver)
+        source.entries = [_rewritten(entry, told) for entry in source.entries]
     else:
         source = calibrated = CalibratedSource(folder, what, solver, ids, run, offload=offload)
+        source.entries = [_rewritten(entry, told) for entry in source.entries]
         for entry in source.entries:
             writer.check(entry)  # now, not after hours
         calibrated.solve(progress, ranks)
@@ -100,7 +117,12 @@ def quantize_checkpoint(
     if choice is not None:
         receipt["embedding"] = choice.to_dict()
         receipts.write(out, receipt)
-    if ids is not None:
-        shutil.rmtree(run)
+    shutil.rmtree(run, ignore_errors=True)  # not there without data and transforms
     ranks.wait()
     return receipt
+
+
+def _rewritten(entry: Entry, told: list[dict[str, Any]]) -> Entry:
+    if not told or entry.spec is None:
+        return entry
+    return dataclasses.replace(entry, origin={**(entry.origin or {}), "transforms": told})

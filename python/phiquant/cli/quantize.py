@@ -22,7 +22,7 @@ from ..ranks import torchrun
 from ..recipe import Recipe
 from ..solvers import NEEDS_STATISTICS
 from ..spec import Target
-from ..transforms import NEEDS_DATA, WITH_TRANSFORMS
+from ..transforms import NEEDS_DATA
 from .arguments import (
     CalibrationOption,
     CheckpointArg,
@@ -63,8 +63,8 @@ def quantize(
 ) -> None:
     """Quantize CHECKPOINT from disk to disk. The output appears when it is complete; a killed run continues.
 
-    With calibration it is read and solved decoder layer by decoder layer; the log tells each one's error. With a
-    transform the model is held in memory. Under torchrun all processes share the calibration; the first one writes.
+    With calibration it is read and solved decoder layer by decoder layer; the log tells each one's error. With
+    auto the model is held in memory. Under torchrun all processes share the calibration; the first one writes.
     """
     with session(json_, debug) as ui, torchrun() as ranks:
         chosen, rules = read_target(target), read_recipe(recipe)
@@ -75,11 +75,11 @@ def quantize(
             for n in (solver, *(t.partition(":")[0] for t in transforms))
             if n in NEEDS_STATISTICS | NEEDS_DATA or is_auto(n)
         ]
-        in_memory = bool(transforms) or solver in WITH_TRANSFORMS or is_auto(solver)
+        in_memory = is_auto(solver)
         needy += ["--embedding auto"] if embedding == "auto" else []
         if in_memory and embedding is not None:
             raise typer.BadParameter(
-                "transforms, awq and auto are not streamed yet: name the table in a recipe", param_hint="--embedding"
+                "auto measures models in memory: name the table in a recipe", param_hint="--embedding"
             )
         options = chosen.options | read_options(option, chosen.format)
         text = read_text(calibration, "--calibration")
@@ -91,8 +91,7 @@ def quantize(
             if ranks.first:
                 ui.log_to(output_folder(out) / "phiquant.log")
             if in_memory and ranks.world > 1:
-                hint = "--transform" if transforms else "--solver"
-                raise typer.BadParameter("needs the model whole, in one process", param_hint=hint)
+                raise typer.BadParameter("compares whole models, in one process", param_hint="--solver")
             if in_memory:
                 receipt = _in_memory(ui, folder, chosen, out, solver, rules, text, options, transforms)
             else:
@@ -105,6 +104,7 @@ def quantize(
                         offload=True,
                         embedding=embedding,
                         tolerance=tolerance,
+                        transforms=transforms,
                         progress=step,
                         ranks=ranks,
                         **options,
