@@ -171,6 +171,9 @@ class Bench:
         ours, theirs = (
             self.judge(f"int4-g32 {n}, {settings.steps} steps", m, sum(times[n])) for n, m in models.items()
         )
+        rows, logits = self.judge.rows, pq.evaluate.model_logits
+        paired = pq.evaluate.compare_logits(rows, *(logits(models[name], rows) for name in ("torchao", "phiquant")))
+        ours.verdict = f"torchao loses {paired.nll_diff:.4f} +- {paired.nll_diff_se:.4f} more, paired"
         self.require(ours.kl < theirs.kl, ours, f"{ours.kl / theirs.kl:.3f} of torchao's KL (bar 1)")
         self.require(middle > 1, ours, f"torchao takes {middle:.3f}x ({low:.3f} to {high:.3f}) of a step (bar 1)")
         self.add(theirs)

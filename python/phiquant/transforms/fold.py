@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant_spec import QuantSpec
-from .pairs import pairs
+from .pairs import multiply_columns, pairs
 
 
 @torch.no_grad()
@@ -20,6 +20,6 @@ def fold(model: nn.Module, ids: Tensor | None, specs: Mapping[str, QuantSpec | N
         weight = norm.get_parameter("weight").data
         if weight.dim() == 1:
             columns = model.get_submodule(pair.consumer).get_parameter("weight").data
-            columns.copy_(columns.float() * weight.float())
+            multiply_columns(columns, weight.float())
             weight.fill_(1)
     return {}

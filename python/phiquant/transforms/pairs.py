@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..models import phi
 
+_VALUES = 1 << 22  # in a piece
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -64,5 +66,18 @@ def rescale(model: nn.Module, pair: Pair, s: Tensor) -> None:
     made = model.get_submodule(pair.producer).get_parameter("weight").data[pair.rows]
     read = model.get_submodule(pair.consumer).get_parameter("weight").data
     s = s.to(made.device, torch.float32)
-    made.copy_(made.float() / s.view(-1, *[1] * (made.dim() - 1)))
-    read.mul_(pair.columns(s)) if read.dtype == torch.float32 else read.copy_(read.float() * pair.columns(s))
+    divisors = s.view(-1, *[1] * (made.dim() - 1)).expand_as(made)
+    for piece, divisor in zip(pieces(made), pieces(divisors), strict=True):
+        piece.copy_(piece.float() / divisor)
+    multiply_columns(read, pair.columns(s))
+
+
+def multiply_columns(weight: Tensor, factors: Tensor) -> None:
+    """W -> W diag(factors) in place, in float32, rounded to its dtype."""
+    for piece in pieces(weight):
+        piece.copy_(piece.float() * factors)
+
+
+def pieces(weight: Tensor, dim: int = 0) -> Iterator[Tensor]:
+    """Views of some rows (or columns) of a tensor, so that float32 copies of a large one stay small."""
+    yield from weight.split(max(1, _VALUES // max(1, weight[0].numel() if dim == 0 else len(weight))), dim)

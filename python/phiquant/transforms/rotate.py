@@ -13,6 +13,7 @@ from ..errors import PhiquantError
 from ..models import phi
 from ..quant_spec import QuantSpec
 from .fold import fold
+from .pairs import pieces
 
 
 @torch.no_grad()
@@ -89,12 +90,14 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 def _columns(weight: Tensor, signs: Tensor) -> None:
     """W -> W Q, in place, computed in float32."""
-    weight.copy_(ops.hadamard_rotate_(weight.float().clone(), signs.to(weight.device)))
+    for rows in pieces(weight):
+        rows.copy_(ops.hadamard_rotate_(rows.to(torch.float32, copy=True), signs.to(weight.device)))
 
 
 def _rows(weight: Tensor, signs: Tensor) -> None:
     """W -> Q^T W, in place, computed in float32."""
-    weight.copy_(ops.hadamard_rotate_(weight.float().T.contiguous(), signs.to(weight.device)).T)
+    for columns in pieces(weight, dim=1):
+        columns.copy_(ops.hadamard_rotate_(columns.float().T.contiguous(), signs.to(weight.device)).T)
 
 
 def _untie(model: Any) -> None:
