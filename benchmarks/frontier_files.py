@@ -1,9 +1,9 @@
-"""The frontier in whole files: ours and llama.cpp's own codes of one type, of one size, both run by llama.cpp.
+"""The frontier in whole files: ours and llama.cpp's own codes of one type, of one grid, both run by llama.cpp.
 
     python benchmarks/frontier_files.py [--windows 24] [--models phi3-tiny,twin] [--types Q4_K,..] [--solver ...]
 
-Ours is an exported GGUF file. The other one is a copy of it in which the linears of the decoder layers have the blocks
-that llama.cpp's quantizer makes of the float weights, with an importance matrix of the same calibration windows. Logits
+Both are exported GGUF files; in one the linears of the decoder layers have ours, in the other the blocks that
+llama.cpp's quantizer makes of the float weights, with an importance matrix of the same calibration windows. Logits
 are llama.cpp's of both (it rounds activations to 8 bits), compared with the float model's in torch on held-out text.
 ahead: NLL per token of theirs minus ours, paired, with its standard error. Bar: our KL is <= 0.85x of theirs.
 """
@@ -39,10 +39,10 @@ def own_blocks(model: Any, ids: torch.Tensor, kind: str) -> dict[str, np.ndarray
     return {f"{name}.weight": blocks for name, blocks in zip(layers, ggml.quantize(jobs), strict=True)}
 
 
-def with_blocks(ours: Path, theirs: Path, kind: str, blocks: dict[str, np.ndarray]) -> None:
+def with_blocks(plain: Path, theirs: Path, kind: str, blocks: dict[str, np.ndarray]) -> None:
     """A copy of a file whose tensors of that type hold `blocks`."""
-    shutil.copy(ours, theirs)
-    places = {hf_name(place.name): place for place in read_header(ours).tensors if place.kind == kind}
+    shutil.copy(plain, theirs)
+    places = {hf_name(place.name): place for place in read_header(plain).tensors if place.kind == kind}
     assert places.keys() == blocks.keys(), "the exported file has other tensors of that type"
     with open(theirs, "r+b") as file:
         for name, place in places.items():
@@ -51,21 +51,29 @@ def with_blocks(ours: Path, theirs: Path, kind: str, blocks: dict[str, np.ndarra
             file.write(blocks[name].tobytes())
 
 
-def compare(label: str, reference: Any, tokenizer: Any, kind: str, solver: str, rows: Any, logits: Any) -> bool:
+def exported(reference: Any, tokenizer: Any, kind: str, folder: Path, solver: str = "rtn", **options: Any) -> Path:
+    made = pq.quantize(copy.deepcopy(reference), f"gguf:{kind}", solver, **options)
+    pq.export(made, tokenizer, folder, format="gguf")
+    return next(folder.glob("*.gguf"))
+
+
+def compare(
+    label: str, reference: Any, tokenizer: Any, kind: str, solver: str, transforms: list[str], rows: Any, logits: Any
+) -> bool:
     ids = token_windows(None, tokenizer)
     with tempfile.TemporaryDirectory(prefix="phiquant-") as folder:
-        made = pq.quantize(copy.deepcopy(reference), f"gguf:{kind}", solver, calibration=ids, tokenizer=tokenizer)
-        pq.export(made, tokenizer, folder, format="gguf")
-        ours = next(Path(folder).glob("*.gguf"))
-        theirs = ours.with_name("theirs.gguf")
-        with_blocks(ours, theirs, kind, own_blocks(reference, ids, kind))
-        assert ours.stat().st_size == theirs.stat().st_size
+        place = Path(folder)
+        options = {"calibration": ids, "transforms": transforms}
+        ours = exported(reference, tokenizer, kind, place / "ours", solver, **options)
+        plain, theirs = exported(reference, tokenizer, kind, place / "plain"), place / "theirs.gguf"
+        with_blocks(plain, theirs, kind, own_blocks(reference, ids, kind))
         one, other = (llamacpp.logits(path, rows) for path in (ours, theirs))
     a, b = (pq.evaluate.compare_logits(rows, run, logits) for run in (one, other))
     ahead, ok = pq.evaluate.compare_logits(rows, other, one), a.kl <= SAME_GRID * b.kl
     print(
-        f"{label:9} {kind:6} {solver:12} KL {a.kl:.5f}, theirs {b.kl:.5f}: {a.kl / b.kl:.3f}  loss {a.nll_diff:.4f}, "
-        f"theirs {b.nll_diff:.4f}, ahead {ahead.nll_diff:.4f} +- {ahead.nll_diff_se:.4f}  {'ok' if ok else 'MISSED'}",
+        f"{label:9} {kind:6} {'+'.join([*transforms, solver]):16} KL {a.kl:.5f}, theirs {b.kl:.5f}: {a.kl / b.kl:.3f}  "
+        f"loss {a.nll_diff:.4f}, theirs {b.nll_diff:.4f}, ahead {ahead.nll_diff:.4f} +- {ahead.nll_diff_se:.4f}  "
+        f"{'ok' if ok else 'MISSED'}",
         flush=True,
     )
     return ok
@@ -77,6 +85,7 @@ def main() -> None:
     parser.add_argument("--models", default="phi3-tiny,twin")
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--solver", default="gptq_refine")
+    parser.add_argument("--transforms", default="", help="of ours, joined by '+': fold")
     args = parser.parse_args()
     model, tokenizer = pq.load("phi3-tiny")
     rows = pq.evaluate.windows(tokenizer, pq.testing.heldout_text(), limit=args.windows)
@@ -86,7 +95,8 @@ def main() -> None:
         reference = pq.testing.outlier_twin(model) if label == "twin" else model
         logits = list(pq.evaluate.model_logits(reference, rows))
         for kind in args.types.split(","):
-            ok &= compare(label, reference, tokenizer, kind, args.solver, rows, logits)
+            transforms = args.transforms.split("+") if args.transforms else []
+            ok &= compare(label, reference, tokenizer, kind, args.solver, transforms, rows, logits)
     sys.exit(0 if ok else 1)
 
 

@@ -141,6 +141,29 @@ def test_quantize_with_calibration(checkpoint, quantized, text, tmp_path):
     assert "layers.1.mlp.down_proj: output error" in (tmp_path / "phiquant.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--transform", "rotate", "--transform", "smooth:pairs=down"], ["rotate", "smooth"]),
+        (["--solver", "awq"], ["awq"]),
+        (["--solver", "auto:rtn,awq+gptq"], None),
+    ],
+)
+def test_quantize_with_transforms(checkpoint, text, tmp_path, options, names):
+    long, out = tmp_path / "long.py", tmp_path / "out"
+    long.write_text(text.read_text() * 4)  # auto wants two windows
+    report = run_json("quantize", checkpoint, "-t", "gguf:Q4_0", *options, "--calibration", long, "-o", out)
+    assert report["ok"]
+    origins = [t["origin"] for t in json.loads((out / "receipt.json").read_text())["tensors"] if "origin" in t]
+    if names is None:
+        assert all(set(origin["auto"]["kl"]) == {"rtn", "awq+gptq"} for origin in origins)
+    else:
+        assert origins
+        assert all([one["name"] for one in origin["transforms"]] == names for origin in origins)
+    assert run_json("verify", out)["ok"]
+    assert not (out / "calibration").exists()
+
+
 def test_verify_runs_the_file(quantized, text):
     assert run_json("verify", quantized, "--run", "--text", text)["ok"] is True
 
