@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from phiquant import _C, PhiquantError, QuantizedTensor, quantize_tensor, spec, testing
+from phiquant.solvers import refine
 from phiquant.solvers.refine import gptq_refine
 from phiquant.statistics import Statistics
 from test_gptq import correlated, gaussian, inputs_of_a_layer, output_error, seen
@@ -102,6 +103,26 @@ def test_rows_in_parts_and_cpu_levels_give_the_same(monkeypatch: pytest.MonkeyPa
         digests.add(gptq_refine(w, spec("q3_k"), statistics).digests()["codes"])
     _C.set_cpu_level(before_level)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int4-g32-sym", "uint3-g96-asym-f16", "int3-g128-sym", "q4_k", "nvfp4", "codebook8-row", "int4-channel-sym"],
+)
+def test_what_is_carried_from_stretch_to_stretch_stays_true(text: str) -> None:
+    w, statistics = gaussian(12, 768, seed=5), seen(correlated(1800, 768))
+    hessian = statistics.hessian.float() / statistics.hessian.diagonal().mean()
+    start = quantize_tensor(w, text, "gptq_mse", statistics=statistics)
+    rows = refine._Rows(w, start, hessian, apart=True)
+    before, stretches = rows.error(), rows._stretches()
+    found = rows.refined(3)
+    assert [s.start for s in stretches] == [0, *(s.stop for s in stretches[:-1])]
+    assert stretches[-1].stop == 768
+    assert len(stretches) == {"int4-channel-sym": 1, "codebook8-row": 1, "uint3-g96-asym": 4}.get(text, 3)
+    assert rows.error() < before
+    torch.testing.assert_close(rows.values, found.dequantize().T, atol=1e-5, rtol=1e-4)
+    wanted = hessian @ (w.T - found.dequantize().T)
+    torch.testing.assert_close(rows.gradient, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=0)
 
 
 def test_awkward_inputs() -> None:
