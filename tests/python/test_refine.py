@@ -118,7 +118,7 @@ def test_what_is_carried_from_stretch_to_stretch_stays_true(text: str) -> None:
     found = rows.refined(3)
     assert [s.start for s in stretches] == [0, *(s.stop for s in stretches[:-1])]
     assert stretches[-1].stop == 768
-    assert len(stretches) == {"int4-channel-sym": 1, "codebook8-row": 1, "uint3-g96-asym": 4}.get(text, 3)
+    assert len(stretches) == {"int4-channel-sym": 1, "codebook8-row": 1, "uint3-g96-asym-f16": 4}.get(text, 3)
     assert rows.error() < before
     torch.testing.assert_close(rows.values, found.dequantize().T, atol=1e-5, rtol=1e-4)
     wanted = hessian @ (w.T - found.dequantize().T)
