@@ -20,7 +20,6 @@ from .formats import receipt as receipts
 from .formats.registry import find
 from .formats.source import Entry, Progress
 from .load import load_tokenizer
-from .models import phi
 from .plan import Plan, peak_memory_here, plan
 from .ranks import ALONE, Ranks
 from .recipe import Recipe, as_recipe
@@ -88,7 +87,7 @@ def quantize_checkpoint(
         claim_folder(out, target.format)
     told: list[dict[str, Any]] = []
     if transforms:
-        specs = {name: e.spec for e in CheckpointSource(folder, what).entries if phi.is_matrix(name := e.module)}
+        specs = {entry.module: entry.spec for entry in CheckpointSource(folder, what).entries}
         told = rewrite(folder, run / "rewritten", transforms, specs, ids)
         folder = run / "rewritten"
     choice = None
@@ -102,16 +101,15 @@ def quantize_checkpoint(
     source: CheckpointSource
     if ids is None or not on_data:
         source = CheckpointSource(folder, what, solver)
-        source.entries = [_rewritten(entry, told) for entry in source.entries]
     else:
         source = calibrated = CalibratedSource(folder, what, solver, ids, run, offload=offload)
-        source.entries = [_rewritten(entry, told) for entry in source.entries]
         for entry in source.entries:
             writer.check(entry)  # now, not after hours
         calibrated.solve(progress, ranks)
         if not ranks.first:
             ranks.wait()
             return receipts.read(out)
+    source.entries = [_rewritten(entry, told) for entry in source.entries]
     writer.write(source, out, progress=progress, **(target.options | options))
     receipt = sign(out, source.config)
     if choice is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import phiquant as pq
 import pytest
 import torch
-from phiquant import PhiquantError, rewritten, stream
+from phiquant import PhiquantError, Recipe, rewritten, stream
 from phiquant.checkpoint import Checkpoint
 from phiquant.ranks import Ranks
 from phiquant.rewritten import mapped, rewrite
@@ -57,6 +57,16 @@ def test_the_codes_are_those_of_a_model_in_memory(
     assert streamed["verified"]
     assert not (tmp_path / "a" / "calibration").exists()
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+@pytest.mark.parametrize("solver", ["awq", "gptq"])
+def test_slices_with_grids_of_their_own(checkpoint: Path, ids: torch.Tensor, tmp_path: Path, solver: str) -> None:
+    recipe = Recipe({"*.v_proj": "gguf:Q8_0", "*.0.*o_proj": "float", "lm_head": "gguf:Q8_0"}, "gguf:Q4_0")
+    options = {"solver": solver, "transforms": ["smooth"], "calibration": ids}
+    streamed = stream.quantize_checkpoint(checkpoint, "gguf:Q4_0", tmp_path / "a", recipe=recipe, **options)
+    model, tokenizer = pq.load(checkpoint, torch.bfloat16)
+    pq.quantize(model, recipe, **options)
+    assert streamed["tensors"] == pq.export(model, tokenizer, tmp_path / "b", format="gguf")["tensors"]
 
 
 def test_without_data(checkpoint: Path, tmp_path: Path) -> None:
