@@ -32,7 +32,7 @@ RUN = {
     "mlx": ("mlx:F32", "mlx:4bit-g32"),
     "safetensors": ("safetensors:F32", "safetensors:int4-g32"),
 }
-LLAMA_CPP = {"gguf:F32": 1e-3, "gguf:Q4_0": 2.5e-2, "gguf:Q4_K": 3.5e-2}
+LLAMA_CPP = {"gguf:F32": 1e-3, "gguf:Q4_0": 3e-2, "gguf:Q4_K": 4.5e-2}
 ROUNDS_NORMS = {"mlx", "safetensors"}  # the others keep norms in float32 beside half-precision weights
 
 

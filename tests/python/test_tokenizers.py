@@ -32,6 +32,8 @@ DIFFERENT: dict[tuple[str, str], set[str]] = {
     # openvino-tokenizers takes a text that is spelled like a token which no merge makes for that token.
     ("openvino", "phi-3-mini"): {"<0x41> <0x0A>", "<unused3>"},
 }
+# Vocabularies are trained on the sources of the Python that runs: with some, no merge comes so late.
+NOT_ALWAYS = {" " * 100 + "x"}
 
 
 def cases() -> list[Any]:
@@ -63,7 +65,9 @@ def test_ids(format: str, vocabulary: str, tmp_path: Path) -> None:
     found = check.runtime_of(find(format)).tokenize(exported(model, tokenizer, tmp_path, format), TEXTS)
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     different = {text for text, a, b in zip(TEXTS, found, expected, strict=True) if a != b}
-    assert different == DIFFERENT.get((format, vocabulary), set())
+    known = DIFFERENT.get((format, vocabulary), set())
+    assert different <= known
+    assert known - different <= NOT_ALWAYS
 
 
 def test_every_token_of_the_vocabulary_in_llama_cpp(tmp_path: Path) -> None:
