@@ -82,15 +82,20 @@ def linears(model: Any) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in named if isinstance(module, torch.nn.Linear)}
 
 
+def own_blocks(model: Any, known: Any, kind: str) -> dict[str, Any]:
+    """The bytes of each linear's weight by llama.cpp's quantizer, by the name of the linear. known: its imatrix."""
+    layers = linears(model)
+    jobs = [(kind, layer.weight.detach().numpy(), known[name].weights) for name, layer in layers.items()]
+    return dict(zip(layers, ggml.quantize(jobs), strict=True))
+
+
 def llama_cpp(model: Any, judge: Judge, ids: torch.Tensor) -> list[Result]:
     """llama.cpp's quantizers with an importance matrix."""
     layers, known = linears(model), pq.imatrix.collect(model, ids)
     results = []
     for kind in PEERS:
         began = time.perf_counter()
-        jobs = [(kind, layer.weight.detach().numpy(), known[name].weights) for name, layer in layers.items()]
-        blocks = ggml.quantize(jobs)
-        decoded = ggml.decode([(kind, block) for block in blocks])
+        decoded = ggml.decode([(kind, block) for block in own_blocks(model, known, kind).values()])
         seconds = time.perf_counter() - began
         changed = copy.deepcopy(model)
         for (name, layer), values in zip(layers.items(), decoded, strict=True):

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import phiquant as pq
-import torch
 from common import machine
-from frontier import SAME_GRID, ggml, linears
+from frontier import SAME_GRID, own_blocks
 from phiquant.calibrate import token_windows
 from phiquant.formats.gguf.guard import read_header
 from phiquant.formats.gguf.hf_names import hf_name
@@ -31,18 +30,12 @@ from phiquant.runtimes import llamacpp
 TYPES = ("Q4_K", "IQ4_XS", "Q3_K", "Q2_K")
 
 
-def own_blocks(model: Any, ids: torch.Tensor, kind: str) -> dict[str, np.ndarray]:
-    """The bytes of each linear's weight by llama.cpp's quantizer, by the name of the weight."""
-    known = pq.imatrix.collect(model, ids)
-    layers = linears(model)
-    jobs = [(kind, layer.weight.detach().numpy(), known[name].weights) for name, layer in layers.items()]
-    return {f"{name}.weight": blocks for name, blocks in zip(layers, ggml.quantize(jobs), strict=True)}
-
-
 def with_blocks(plain: Path, theirs: Path, kind: str, blocks: dict[str, np.ndarray]) -> None:
     """A copy of a file whose tensors of that type hold `blocks`."""
     shutil.copy(plain, theirs)
-    places = {hf_name(place.name): place for place in read_header(plain).tensors if place.kind == kind}
+    places = {
+        hf_name(place.name).removesuffix(".weight"): place for place in read_header(plain).tensors if place.kind == kind
+    }
     assert places.keys() == blocks.keys(), "the exported file has other tensors of that type"
     with open(theirs, "r+b") as file:
         for name, place in places.items():
@@ -58,20 +51,19 @@ def exported(reference: Any, tokenizer: Any, kind: str, folder: Path, solver: st
 
 
 def compare(
-    label: str, reference: Any, tokenizer: Any, kind: str, solver: str, transforms: list[str], rows: Any, logits: Any
+    label: str, reference: Any, tokenizer: Any, kind: str, solver: str, known: Any, options: Any, rows: Any, logits: Any
 ) -> bool:
-    ids = token_windows(None, tokenizer)
     with tempfile.TemporaryDirectory(prefix="phiquant-") as folder:
         place = Path(folder)
-        options = {"calibration": ids, "transforms": transforms}
         ours = exported(reference, tokenizer, kind, place / "ours", solver, **options)
         plain, theirs = exported(reference, tokenizer, kind, place / "plain"), place / "theirs.gguf"
-        with_blocks(plain, theirs, kind, own_blocks(reference, ids, kind))
+        with_blocks(plain, theirs, kind, own_blocks(reference, known, kind))
         one, other = (llamacpp.logits(path, rows) for path in (ours, theirs))
     a, b = (pq.evaluate.compare_logits(rows, run, logits) for run in (one, other))
     ahead, ok = pq.evaluate.compare_logits(rows, other, one), a.kl <= SAME_GRID * b.kl
+    method = "+".join([*options["transforms"], solver])
     print(
-        f"{label:9} {kind:6} {'+'.join([*transforms, solver]):16} KL {a.kl:.5f}, theirs {b.kl:.5f}: {a.kl / b.kl:.3f}  "
+        f"{label:9} {kind:6} {method:16} KL {a.kl:.5f}, theirs {b.kl:.5f}: {a.kl / b.kl:.3f}  "
         f"loss {a.nll_diff:.4f}, theirs {b.nll_diff:.4f}, ahead {ahead.nll_diff:.4f} +- {ahead.nll_diff_se:.4f}  "
         f"{'ok' if ok else 'MISSED'}",
         flush=True,
@@ -90,13 +82,14 @@ def main() -> None:
     model, tokenizer = pq.load("phi3-tiny")
     rows = pq.evaluate.windows(tokenizer, pq.testing.heldout_text(), limit=args.windows)
     print(f"{machine()}, xllamacpp {pq.formats.receipt.version('xllamacpp')}")
-    ok = True
+    ids, ok = token_windows(None, tokenizer), True
+    options = {"calibration": ids, "transforms": args.transforms.split("+") if args.transforms else []}
     for label in args.models.split(","):
         reference = pq.testing.outlier_twin(model) if label == "twin" else model
         logits = list(pq.evaluate.model_logits(reference, rows))
+        known = pq.imatrix.collect(reference, ids)
         for kind in args.types.split(","):
-            transforms = args.transforms.split("+") if args.transforms else []
-            ok &= compare(label, reference, tokenizer, kind, args.solver, transforms, rows, logits)
+            ok &= compare(label, reference, tokenizer, kind, args.solver, known, options, rows, logits)
     sys.exit(0 if ok else 1)
 
 

@@ -30,7 +30,7 @@ from .ranks import ALONE, Ranks
 from .solvers import FOLLOWS_FLOAT, quantize_tensor
 from .spec import Codebook, QuantSpec
 from .statistics import Statistics
-from .tensor import QuantizedTensor
+from .tensor import QuantizedTensor, ids_digest
 from .testing import training_text
 
 Calibration = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -179,11 +179,10 @@ def told(name: str, spec: QuantSpec, solver: str, ids: Tensor, tied: bool) -> di
     """What the receipt tells of the codes that calibrate() chose for a module: token ids [n, T]."""
     if name == phi.EMBEDDING and not tied:
         return {"solver": nearest(spec)}
-    digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
     kind = "inputs of the head in the float model" if name == phi.EMBEDDING else "inputs of each layer"
     return {
         "solver": solver,
-        "statistics": {"kind": kind, "windows": len(ids), "tokens": ids.numel(), "digest": digest},
+        "statistics": {"kind": kind, "windows": len(ids), "tokens": ids.numel(), "digest": ids_digest(ids)},
     }
 
 

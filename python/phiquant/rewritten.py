@@ -5,7 +5,6 @@ Only what a transform touches at the moment must be in memory; the system writes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -24,9 +23,11 @@ from .calibration_layers import empty_model
 from .checkpoint import Checkpoint, file_identity
 from .errors import PhiquantError
 from .formats import companions
+from .formats.partial import write_atomically
 from .formats.safetensors.header import INDEX, SINGLE
 from .models import phi
 from .quant_spec import QuantSpec
+from .tensor import ids_digest
 from .transforms import applied, transform
 
 DONE = "transforms.json"
@@ -46,7 +47,7 @@ def rewrite(
     checkpoint. `out` is taken as it is if a call with the same arguments has finished it, else made anew.
     """
     checkpoint = Checkpoint(folder)
-    data = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    data = None if ids is None else ids_digest(ids)
     files = [file_identity(path) for path in checkpoint.files]
     done, asked = out / DONE, [list(names), {name: str(spec) for name, spec in specs.items()}, data, files]
     if done.exists():
@@ -56,16 +57,13 @@ def rewrite(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     beside = [path for name in ("config.json", INDEX) if (path := checkpoint.folder / name).is_file()]
-    for path in (*beside, *companions.companions(checkpoint.folder), *checkpoint.files):
-        shutil.copyfile(path, out / path.name)
+    companions.copy((*beside, *companions.companions(checkpoint.folder), *checkpoint.files), out)
     with mapped(out) as model:
         transform(model, names, specs=specs, calibration=ids)
         told, head = applied(model), _new_head(model, checkpoint)
     if head is not None:
         _add(out, head)
-    partial = out / f"{DONE}.tmp"
-    partial.write_text(json.dumps({"asked": asked, "transforms": told}))
-    os.replace(partial, done)
+    write_atomically(done, json.dumps({"asked": asked, "transforms": told}))
     return told
 
 

@@ -144,6 +144,11 @@ def sampled(t: torch.Tensor) -> bytes:
     return t.detach().flatten()[:: max(1, t.numel() // 64)].float().cpu().numpy().tobytes()
 
 
+def ids_digest(ids: torch.Tensor) -> str:
+    """By which receipts and resumed runs know the windows of tokens [n, T] that a run was given."""
+    return hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
+
+
 def _raw(t: torch.Tensor) -> memoryview:
     return t.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data
 

@@ -7,7 +7,6 @@ layer; logits are made for some rows of the table at a time. V = vocabulary, T =
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -32,6 +31,7 @@ from .solvers import NEEDS_STATISTICS
 from .spec import QuantSpec
 from .spec import target as find_target
 from .statistics import Statistics
+from .tensor import ids_digest
 
 TOLERANCE = 0.002  # nats of KL a token
 WINDOWS = 4  # that the distance is measured on
@@ -147,7 +147,7 @@ def with_table(
     place.mkdir(parents=True, exist_ok=True)
     kept = run / "table.json"
     held = ids[-WINDOWS:]
-    asked = [layers.identity, format, solver, tolerance, hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
+    asked = [layers.identity, format, solver, tolerance, ids_digest(ids)]
     found = json.loads(kept.read_text()) if kept.exists() else {}
     if found.get("asked") != asked:
         others = ids[:-WINDOWS] if len(ids) > WINDOWS else ids

@@ -32,7 +32,7 @@ RUN = {
     "mlx": ("mlx:F32", "mlx:4bit-g32"),
     "safetensors": ("safetensors:F32", "safetensors:int4-g32"),
 }
-LLAMA_CPP = {"gguf:F32": 1e-3, "gguf:Q4_0": 3e-2, "gguf:Q4_K": 4.5e-2}
+LLAMA_CPP = {"gguf:F32": 1e-3, "gguf:Q4_0": 2.5e-2, "gguf:Q4_K": 4e-2}
 ROUNDS_NORMS = {"mlx", "safetensors"}  # the others keep norms in float32 beside half-precision weights
 
 
@@ -99,7 +99,7 @@ def test_logits(target: str, name: str, tmp_path: Path) -> None:
     path = locate(tmp_path, receipt.read(tmp_path))
     runtime = check.runtime_of(find(format))
     length = min(40, model.config.max_position_embeddings)
-    row = runtime.tokenize(path, [testing.heldout_text()[:1000]])[0][:length]
+    row = torch.randint(3, 1000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([row])).logits[0]
     (got,) = runtime.logits(path, [row], exact=True)

@@ -7,7 +7,6 @@ arXiv 2306.00978; the second family is AutoAWQ's. docs/methods/awq.md.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ..solvers.nearest import mse
 from ..spec import Codebook
 from ..spec import spec as read_spec
 from ..statistics import Statistics
+from ..tensor import ids_digest
 from .inputs import input_statistics
 from .pairs import Pair, pairs, rescale
 
@@ -63,8 +63,7 @@ def awq(
                 rescale(model, pair, found.s)
         if not todo:
             break
-    digest = hashlib.sha256(ids.long().contiguous().numpy().tobytes()).hexdigest()
-    return {"tokens": ids.numel(), "digest": digest, "error_to_plain": after / before if before else 1.0}
+    return {"tokens": ids.numel(), "digest": ids_digest(ids), "error_to_plain": after / before if before else 1.0}
 
 
 @dataclass(frozen=True)
